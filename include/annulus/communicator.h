@@ -1,0 +1,67 @@
+// How the ranks of a ring reach each other. In one process the ranks are threads; other transports implement the same
+// class. Every wait has a deadline and every failure reaches every rank: a rank that throws calls abort(), after
+// which all waits of all ranks throw.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace annulus {
+inline namespace v1 {
+
+// Bytes on their way. The receiver may read them as long as it holds keep_alive.
+struct Parcel {
+  std::span<const std::byte> bytes;
+  std::shared_ptr<const void> keep_alive;
+};
+
+// What a message says of itself; sender and receiver must agree in every field.
+struct Tag {
+  std::int64_t call = 0;   // number of the call on this communicator
+  int step = 0;            // ring step in which the block is used
+  int owner = 0;           // rank whose keys these are
+  std::int64_t bytes = 0;
+};
+
+class Communicator {
+ public:
+  virtual ~Communicator() = default;
+  [[nodiscard]] virtual int rank() const = 0;
+  [[nodiscard]] virtual int world_size() const = 0;
+
+  // Hands a parcel to rank `to`; returns at once. A transport that lends passes the memory itself, one that copies
+  // copies it.
+  virtual void send(int to, const Tag& tag, Parcel parcel) = 0;
+  // Waits for the parcel that rank `from` sent with exactly this tag. Throws CommError: PeerMismatch naming both
+  // tags, PeerTimeout naming the rank everyone waits for.
+  virtual Parcel receive(int from, const Tag& tag) = 0;
+  // Everybody's bytes, by rank. All ranks call it; also a barrier.
+  virtual std::vector<std::vector<std::byte>> all_gather(std::span<const std::byte> mine) = 0;
+
+  // The calling rank got somewhere. Deadlines count from the last progress of the rank that is waited for.
+  virtual void progress() = 0;
+  // Stops every rank: their waits throw the given error. The first abort wins.
+  virtual void abort(std::exception_ptr error) = 0;
+  // Throws if some rank aborted or the process was asked to stop. Cheap; polled once per work item.
+  virtual void check_alive() const = 0;
+  // Number of the next call, equal on all ranks that make the same calls.
+  virtual std::int64_t next_call() = 0;
+};
+
+struct WorkerOptions {
+  double timeout_s = 30;          // of silence; must be > 0; infinity for none
+  bool lend = true;               // receivers read a neighbour's block in place instead of copying it
+  std::function<bool()> stop;     // polled; true ends the call with Interrupted
+};
+
+// Runs body(comm) on world_size ranks, each a thread of this process, and returns when all are done. The first
+// exception of any rank stops the others and is rethrown here.
+void run_workers(int world_size, const std::function<void(Communicator&)>& body, const WorkerOptions& options = {});
+
+}  // namespace v1
+}  // namespace annulus

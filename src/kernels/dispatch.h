@@ -1,0 +1,26 @@
+// Which kernel a call runs on.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "annulus/targets.h"
+#include "kernels/kernel_table.h"
+
+namespace annulus {
+
+// The entries of the translation units that have one each. Null where the build has none. Callable only on a CPU that
+// available() names.
+const ForwardKernel* avx512_bf16_forward();
+const ForwardKernel* amx_bf16_forward();
+const ForwardKernel* amx_simulated_forward();  // the AMX kernel over tile operations in plain C++; needs AVX-512
+// float32 kernels by Highway target name ("avx2"); null if not compiled in.
+const ForwardKernel* vector_forward(const std::string& target);
+
+// The kernel of chosen_target(dtype, isa). Reads the environment.
+const ForwardKernel& choose_forward(DType dtype, const std::string& isa);
+
+// Every kernel that runs on this CPU and takes inputs of `dtype`, the simulated one included: for tests.
+std::vector<const ForwardKernel*> runnable_forward_kernels(DType dtype);
+
+}  // namespace annulus
