@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <span>
@@ -41,7 +42,7 @@ class Communicator {
   // tags, PeerTimeout naming the rank everyone waits for.
   virtual Parcel receive(int from, const Tag& tag) = 0;
   // Everybody's bytes, by rank. All ranks call it; also a barrier.
-  virtual std::vector<std::vector<std::byte>> all_gather(std::span<const std::byte> mine) = 0;
+  virtual std::vector<Parcel> all_gather(std::vector<std::byte> mine) = 0;
 
   // The calling rank got somewhere. Deadlines count from the last progress of the rank that is waited for.
   virtual void progress() = 0;

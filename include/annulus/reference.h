@@ -1,5 +1,5 @@
-// The oracle: attention by its formula in double precision, one query at a time, no tiles, no ring. Slow on purpose;
-// tests compare everything with it, and so can users.
+// The oracle: attention by its formula in double precision, one query at a time, no tiles, no ring.
+// Slow on purpose; tests compare everything with it, and so can users.
 #pragma once
 
 #include <cstdint>
@@ -12,21 +12,32 @@ namespace annulus {
 inline namespace v1 {
 namespace reference {
 
-// One row of the result. `weight_sum` is sum over visible keys of p * |v|, which error bounds are made of.
+// One row of the result, and what bounds of another implementation's rounding error are made of.
+// Maxima and norms run over the visible keys; values that are not finite are left out of max_abs_v.
 struct Row {
-  std::vector<double> out;         // [v_head_dim]
+  std::vector<double> out;  // [v_head_dim]
   double lse = 0;
-  std::vector<double> abs_out;     // [v_head_dim] sum of p * |v|
-  std::int64_t visible = 0;        // keys seen
+  std::vector<double> abs_out;  // [v_head_dim] sum of p * |v|
+  std::int64_t visible = 0;     // keys seen
+  std::int64_t sinks = 0;       // sinks counted
+  double q_norm = 0;            // Euclidean
+  double max_k_norm = 0;
+  double max_abs_v = 0;
+  // Largest |score| (scaled, capped, biased; sinks too) among those within 32 of the largest score.
+  // What lies lower weighs less than 2^-46, so that even its rounding is invisible.
+  double max_abs_score = 0;
 };
 
-// Row (batch, query, head) of attention(q, k, v) with the same meaning of every option; positions are row indices.
-Row attention_row(const TensorView& q, const TensorView& k, const TensorView& v, const AttentionOptions& options,
-                  std::int64_t batch, std::int64_t query, std::int64_t head);
+// Row (batch, query, head) of attention(q, k, v) with the same meaning of every option; positions
+// are row indices. Throws InvalidArgument.
+Row attention_row(const TensorView& q, const TensorView& k, const TensorView& v,
+                  const AttentionOptions& options, std::int64_t batch, std::int64_t query,
+                  std::int64_t head);
 
-// All rows: out [batch, q_len, num_heads, v_head_dim] and lse [batch, q_len, num_heads], dense, in that order.
-void attention(const TensorView& q, const TensorView& k, const TensorView& v, const AttentionOptions& options,
-               std::vector<double>& out, std::vector<double>& lse);
+// All rows: out [batch, q_len, num_heads, v_head_dim] and lse [batch, q_len, num_heads], dense, in
+// that order. Throws InvalidArgument.
+void attention(const TensorView& q, const TensorView& k, const TensorView& v,
+               const AttentionOptions& options, std::vector<double>& out, std::vector<double>& lse);
 
 }  // namespace reference
 }  // namespace v1

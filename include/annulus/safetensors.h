@@ -32,7 +32,8 @@ class SafetensorsFile {
  public:
   // Throws IoError (missing, unreadable), BadData (breaks the format; the message names file, tensor and fault).
   // kStream reads the tensors into memory; kMap maps the file, which must then not shrink while it is open.
-  // Never allocates more than the file's size.
+  // Every `data` is aligned for its dtype and lives as long as any copy of the file object.
+  // Allocates at most the file's size, and 64 MiB for the table of tensors and the reading of it.
   static SafetensorsFile open(const std::string& path, ReadMode mode = ReadMode::kStream);
 
   [[nodiscard]] const std::vector<NamedTensor>& tensors() const { return tensors_; }
@@ -40,13 +41,14 @@ class SafetensorsFile {
   [[nodiscard]] const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
  private:
-  std::vector<NamedTensor> tensors_;  // in file order
+  std::vector<NamedTensor> tensors_;  // in the order of their data in the file
   std::map<std::string, std::string> metadata_;
   std::shared_ptr<const void> storage_;
 };
 
 // Writes to a temporary file in the same folder (mode 0600 until complete), syncs and renames it: `path` holds the old
-// content or the new one, never half. Throws IoError.
+// content or the new one, never half. Equal arguments give equal bytes. Throws IoError, or InvalidArgument for what
+// SafetensorsFile::open() would refuse: names that occur twice, bytes that do not fit shape and dtype, ...
 void write_safetensors(const std::string& path, const std::vector<NamedTensor>& tensors,
                        const std::map<std::string, std::string>& metadata);
 

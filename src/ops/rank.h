@@ -1,0 +1,46 @@
+// What one rank needs to know before it computes: who owns which rows, what each block costs it, how blocks travel.
+// Found in the same way by a running rank and by explain().
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "annulus/ring.h"
+#include "core/ring_schedule.h"
+#include "ops/forward_pass.h"
+#include "ops/key_block.h"
+#include "ops/problem.h"
+
+namespace annulus {
+
+// Rows of every rank, and the segment ids of their keys.
+struct Deal {
+  int world_size = 1;
+  const Partition* q_partition = nullptr;
+  const Partition* kv_partition = nullptr;
+  std::int64_t q_len = 0;
+  std::int64_t kv_len = 0;
+  bool whole_tensors = true;  // rows of the tensors are positions; false: rows of a shard
+  // Segment ids [batch][key] of a rank's keys in the order of its Rows.
+  std::function<std::vector<std::int32_t>(int rank, const Rows& rows)> kv_segments;
+
+  [[nodiscard]] Rows q_rows(int rank) const;
+  [[nodiscard]] Rows kv_rows(int rank) const;
+};
+
+std::vector<Direction> directions_of(Topology topology);
+int threads_of(const AttentionOptions& options, int workers);
+
+// One rank's queries against everybody's keys: visible pairs per item, by owner.
+struct RankCosts {
+  std::vector<std::vector<std::int64_t>> item_pairs;  // [owner][item]
+  std::vector<std::int64_t> pairs;                    // [owner]
+  [[nodiscard]] std::int64_t total() const;
+};
+RankCosts rank_costs(const ForwardKernel& kernel, const Problem& problem, const Deal& deal, int rank, int threads);
+
+// Number of blocks that a rank computes with.
+int computed_blocks(const RankSchedule& schedule);
+
+}  // namespace annulus
