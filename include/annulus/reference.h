@@ -18,9 +18,11 @@ struct Row {
   std::vector<double> out;  // [v_head_dim]
   double lse = 0;
   std::vector<double> abs_out;  // [v_head_dim] sum of p * |v|
-  std::int64_t visible = 0;     // keys seen
-  std::int64_t sinks = 0;       // sinks counted
-  double q_norm = 0;            // Euclidean
+  // [v_head_dim] root of the sum of (p * v)^2: what independent errors of the weights add up to
+  std::vector<double> spread_out;
+  std::int64_t visible = 0;  // keys seen
+  std::int64_t sinks = 0;    // sinks counted
+  double q_norm = 0;         // Euclidean
   double max_k_norm = 0;
   double max_abs_v = 0;
   // Largest |score| (scaled, capped, biased; sinks too) among those within 32 of the largest score.

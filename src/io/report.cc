@@ -50,10 +50,10 @@ std::string counted(std::int64_t count, std::string_view noun) {
   return fmt::format("{} {}{}", grouped(count), noun, count == 1 ? "" : "s");
 }
 
-std::string legend_item(std::string_view css_class, std::string_view meaning) {
-  Svg swatch(22, 12, {});
-  swatch.box(css_class, {1, 1, 20, 10});
-  return fmt::format("<li>{} {}</li>", swatch.finish(), meaning);
+std::string legend_item(std::string_view css_class, std::string_view meaning, std::string_view swatch) {
+  Svg svg(22, 12, {});
+  svg.path(css_class, swatch);
+  return fmt::format("<li>{} {}</li>", svg.finish(), meaning);
 }
 
 inline namespace v1 {

@@ -229,7 +229,7 @@ std::string mask_section(const PageData& data) {
   if (data.plan.partition == "striped" && data.workers > 1) {
     text += fmt::format("Tokens are dealt one by one: token i to worker i mod {}.", data.workers);
   } else if (data.workers > 1 && !owner_runs(data, data.plan.q_rows).empty()) {
-    text += "Numbers along the edges: the worker that holds these queries or keys.";
+    text += "Along the edges: the worker that holds these queries or keys.";
   }
   text += "</figcaption></figure>\n" + details("Numbers of this picture", word_table(grid));
   return text + "</section>\n";

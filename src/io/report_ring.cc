@@ -61,6 +61,7 @@ class Matrix {
   [[nodiscard]] int idle_steps() const { return steps_ - columns_; }
   [[nodiscard]] double width() const { return kNames + columns_ * pitch_x() + 14; }
   [[nodiscard]] bool has_arrows() const { return layout_.gap >= 12; }
+  [[nodiscard]] bool has_numbers() const { return layout_.numbers; }
   [[nodiscard]] bool has_edges() const { return !has_arrows() && layout_.gap > 0; }
   [[nodiscard]] bool has_empty() const { return !empty_.empty(); }
 
@@ -114,11 +115,11 @@ class Matrix {
   [[nodiscard]] double y(int rank) const { return kTop + 1 + rank * pitch_y(); }
 
   [[nodiscard]] std::string share_text(const PlannedStep& step) const {
-    return percent(static_cast<double>(step.pairs) / static_cast<double>(std::max<std::int64_t>(1, data_.pairs_planned)));
+    return percent(static_cast<double>(step.pairs) / static_cast<double>(std::max<std::int64_t>(1, data_.pairs_planned)), 2);
   }
 
   void draw_steps(Svg& svg) const {
-    const int every = layout_.width >= 24 ? 1 : layout_.width >= 10 ? 4 : 32;
+    const int every = layout_.width >= 24 || columns_ <= 10 ? 1 : layout_.width >= 10 ? 4 : 32;
     for (int step = 0; step < columns_; step += every) {
       const std::string words = layout_.words ? fmt::format("step {}", step) : std::to_string(step);
       svg.text("quiet mid", x(step) + layout_.width / 2, 12, words);
@@ -169,7 +170,7 @@ class Matrix {
     const double left = block.pairs > 0 ? layout_.gauge : 0;
     const double center = box.x + (box.width + left) / 2;
     const double middle = box.y + box.height / 2;
-    if (layout_.words && split_ == 1) {
+    if (layout_.words && box.width >= 60) {
       svg.text("mid hint", center, middle - 3, fmt::format("keys of {}", block.owner));
       svg.text("mid small quiet hint", center, middle + 13, block.pairs > 0 ? share_text(block) : "skipped");
     } else if (box.width >= 18) {
@@ -206,7 +207,7 @@ class Matrix {
   // at the same corner.
   void add_send(const PlannedStep& block, const Box& box) {
     const bool down = block.send_to == (block.rank + 1) % data_.workers;
-    const double right = box.x + box.width;
+    const double right = box.x + box.width - (down || !has_arrows() ? 0 : 16);  // beside the arrow that comes down
     const double corner = down ? box.y + box.height : box.y;
     if (has_arrows()) {
       const double way = down ? 1 : -1;
@@ -250,11 +251,10 @@ std::string legend(const Matrix& matrix, const PageData& data) {
     text += legend_item("skipped", "keys at hand, nothing visible: skipped");
   }
   if (matrix.has_empty()) text += legend_item("cell-line", "no keys here");
-  constexpr std::string_view kSwatch = "<svg width=\"22\" height=\"12\" viewBox=\"0 0 22 12\" aria-hidden=\"true\">";
   if (matrix.has_arrows()) {
-    text += fmt::format("<li>{}<path class=\"send-line\" d=\"M6 1L15 10M9 10H15V4\"/></svg> sent on, arrives one step later</li>", kSwatch);
+    text += legend_item("send-line", "sent on, arrives one step later", "M6 1L15 10M9 10H15V4");
   } else if (matrix.has_edges()) {
-    text += fmt::format("<li>{}<path class=\"send-line\" d=\"M12 0v12\"/></svg> at the right edge: sent on</li>", kSwatch);
+    text += legend_item("send-line", "at the right edge: sent on", "M11 0v12");
   }
   return text + "</ul>\n";
 }
@@ -271,17 +271,19 @@ std::string ring_section(const PageData& data) {
     return text + "</p>\n</section>\n";
   }
   Matrix matrix(data);
-  text += "\n<h2>Ring schedule</h2>\n<p>Each cell is one worker in one step and names whose keys it has then. ";
+  text += "\n<h2>Ring schedule</h2>\n<p>Each cell is one worker in one step";
+  text += matrix.has_numbers() ? " and names whose keys it has then. " : ". ";
   const std::int64_t skipped = std::max<std::int64_t>(0, data.blocks_total - data.blocks_used);
   text += skipped == 0 ? "Each block of keys is of use to everyone."
                        : fmt::format("{} of {} blocks are of use; the other {} cost nothing.", grouped(data.blocks_used),
                                      grouped(data.blocks_total), grouped(skipped));
-  if (matrix.idle_steps() > 0) text += fmt::format(" The last {} brings no keys to anybody.", counted(matrix.idle_steps(), "step"));
+  if (matrix.idle_steps() > 0) text += fmt::format(" Keys travel no further than step {}.", matrix.columns() - 1);
   text += "</p>\n";
   const std::string label = fmt::format("Ring schedule of {} in {}: {} of {} blocks of keys are used, the rest skipped.",
                                         counted(data.workers, "worker"), counted(matrix.columns(), "step"),
                                         grouped(data.blocks_used), grouped(data.blocks_total));
-  text += "<figure><div class=\"scroll\">" + matrix.draw(label) + "</div>\n" + legend(matrix, data) + "</figure>\n";
+  text += "<figure><div class=\"scroll\">" + matrix.draw(label) + "</div>\n";
+  text += legend(matrix, data) + "</figure>\n";
   if (data.workers > kMaxDrawnWorkers) {
     text += fmt::format("<p class=\"note\">The first {} workers are drawn.</p>\n", kMaxDrawnWorkers);
   }

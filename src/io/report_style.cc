@@ -32,10 +32,10 @@ figcaption{margin-top:8px}
 .chart>svg{flex:none;display:block}
 .fluid{max-width:100%;height:auto}
 .chart>.names{position:sticky;left:0;background:var(--paper)}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:14px 24px;margin:20px 0 24px}
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(136px,1fr));gap:14px 16px;margin:20px 0 24px}
 .facts>div{border-left:2px solid var(--line);padding-left:10px;min-width:0}
 .facts dt{color:var(--quiet);font-size:13px}
-.facts dd{margin:0;font-size:18px;line-height:1.35;overflow-wrap:anywhere}
+.facts dd{margin:0;font-size:17px;line-height:1.35;overflow-wrap:anywhere}
 .badge{display:inline-block;border:1.5px solid;border-radius:3px;padding:1px 9px;font-size:13px;font-weight:600;
 letter-spacing:.04em}
 .passed{color:var(--good)}.failed{color:var(--paper);background:var(--bad);border-color:var(--bad)}
@@ -71,7 +71,7 @@ svg .small{font-size:11px}
 .cell{fill:var(--wash)}.cell-line{fill:none;stroke:var(--line)}.gauge{fill:var(--line)}
 .compute{fill:var(--compute)}.wait{fill:url(#t-wait)}.pack{fill:url(#t-pack)}.plan-work{fill:url(#t-plan)}
 .finish{fill:url(#t-finish)}.send{fill:var(--send)}.send-line{stroke:var(--send);stroke-width:1.5;fill:none}
-.skip{fill:var(--paper);stroke:var(--quiet);stroke-width:1.25;stroke-dasharray:2.5 1.5}
+.skip{fill:var(--paper);stroke:var(--ink);stroke-width:1.25}
 .skipped{fill:url(#t-skip)}.other{fill:var(--quiet)}
 .message{stroke:var(--send);fill:none;opacity:.75}
 .owner-a{fill:var(--wash)}.owner-b{fill:var(--line)}.owner-line{stroke:var(--quiet);stroke-opacity:.55;stroke-width:.75;fill:none}

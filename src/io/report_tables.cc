@@ -134,7 +134,7 @@ class WorkerTable {
   [[nodiscard]] Table table() const {
     Table table;
     table.caption = balance(rows_);
-    table.head = {"worker", "query rows", "key rows", unit_head("visible pairs", pairs_), "share of work"};
+    table.head = {"worker", "query rows", "key rows", unit_head("visible pairs", pairs_), "share of work, %"};
     if (timed_) table.head.insert(table.head.end(), {unit_head("compute", time_), unit_head("wait", time_)});
     table.head.insert(table.head.end(), {unit_head("sent", bytes_), "blocks skipped"});
     return table;
@@ -144,7 +144,7 @@ class WorkerTable {
     const double share = ratio(row.pairs, sum_.pairs);
     // Full width is the busiest worker, as differences between near-equal shares must show.
     const double width = &row == &sum_ ? 0 : 100.0 * static_cast<double>(row.pairs) / std::max(1.0, largest(rows_, &WorkerRow::pairs));
-    std::string bar = escape(percent(share));
+    std::string bar = number(100 * share, {.size = 1, .name = {}, .decimals = 1});
     bar += &row == &sum_ ? "<span class=\"bar\" style=\"background:none\"></span>"
                          : fmt::format("<span class=\"bar\"><i style=\"width:{}%\"></i></span>", px(width));
     std::vector<std::string> cells{worker, grouped(row.q_rows), grouped(row.kv_rows),
@@ -181,8 +181,8 @@ std::string lead(const PageData& data) {
   }
   if (data.blocks_total > 1) {
     const std::int64_t skipped = data.blocks_total - data.blocks_used;
-    text += skipped <= 0 ? std::string(" Every worker needed the keys of every other.")
-                         : fmt::format(" {} of {} blocks of keys held nothing visible and were skipped.", grouped(skipped),
+    text += skipped <= 0 ? std::string(" Every worker needs the keys of every other.")
+                         : fmt::format(" {} of {} blocks of keys hold nothing visible and are skipped.", grouped(skipped),
                                        grouped(data.blocks_total));
   }
   return text;

@@ -17,6 +17,7 @@ constexpr double kNames = 52;
 constexpr double kWidth = 980;                // of the time axis
 constexpr double kRight = 40;                 // room for the last label
 constexpr double kTop = 24;
+constexpr double kLeastNumbered = 14;         // height of a bar that holds a number
 constexpr std::size_t kMaxMarks = 12000;      // 300 KB of path data
 constexpr std::size_t kMaxTitledMarks = 4000;  // 700 KB with their tool tips
 constexpr std::size_t kMaxArrows = 64;        // more hide what they point at
@@ -41,7 +42,7 @@ const char* css_class(EventKind kind) {
 }
 
 double narrowest(EventKind kind) {
-  if (kind == EventKind::kSkip) return 6;
+  if (kind == EventKind::kSkip) return 10;
   return kind == EventKind::kSend ? 4 : 1;
 }
 
@@ -106,6 +107,7 @@ class Timeline {
   }
 
   [[nodiscard]] std::size_t lanes() const { return lanes_.size(); }
+  [[nodiscard]] bool has_numbers() const { return shape_.bar >= kLeastNumbered; }
   [[nodiscard]] double merged_ns() const { return marks_ < events_ ? span_ns_ * resolution_ / kWidth : 0; }
 
   std::string draw(const std::string& label) {
@@ -215,11 +217,14 @@ class Timeline {
       if (width > 5 || shape_.sent < 5) return outline({mark.begin, strip, width - seam, shape_.sent});
       return fmt::format("M{} {}v{}l6-{}z", px(mark.begin), px(strip), px(shape_.sent), px(shape_.sent / 2));
     }
-    if (kind == EventKind::kSkip) {
-      const double size = std::min(10.0, shape_.bar - 2);
-      return outline({mark.begin, top(lane) + (shape_.bar - size) / 2, std::max(6.0, width), size});
-    }
+    if (kind == EventKind::kSkip) return lozenge(mark, top(lane) + shape_.bar / 2, std::min(5.0, shape_.bar / 2 - 1));
     return outline({mark.begin, top(lane), width - seam, shape_.bar});
+  }
+
+  // Skipping takes no time worth a bar, so it is a sign: one lozenge, drawn out over the time of several.
+  static std::string lozenge(const Mark& mark, double middle, double half) {
+    return fmt::format("M{0} {1}l{2}-{2}H{3}l{2} {2}l-{2} {2}H{4}z", px(mark.begin), px(middle), px(half),
+                       px(std::max(mark.begin, mark.end - 2 * half) + half), px(mark.begin + half));
   }
 
   void draw_marks(Svg& svg, std::size_t lane, EventKind kind) const {
@@ -238,7 +243,7 @@ class Timeline {
 
   void label(Svg& svg, const Mark& mark, double y) const {
     const double width = mark.end - mark.begin;
-    if (mark.events > 1 || mark.first->step < 0 || shape_.bar < 14) return;
+    if (mark.events > 1 || mark.first->step < 0 || !has_numbers()) return;
     std::string words = std::to_string(mark.first->step);
     if (width < 10 + 7.0 * static_cast<double>(words.size())) return;
     if (width >= 60) words = "step " + words;
@@ -307,7 +312,8 @@ std::string legend(const PageData& data) {
     }
     if (count == 0) continue;
     const std::string share = kind == EventKind::kSkip ? grouped(count) + " times" : percent(static_cast<double>(ns) / all);
-    text += legend_item(css_class(kind), fmt::format("{} <b>{}</b>", meaning(kind), escape(share)));
+    const std::string words = fmt::format("{} <b>{}</b>", meaning(kind), escape(share));
+    text += kind == EventKind::kSkip ? legend_item("skip", words, "M6 6l5-5l5 5l-5 5z") : legend_item(css_class(kind), words);
   }
   return text + "</ul>\n";
 }
@@ -366,7 +372,8 @@ std::string timeline_section(const PageData& data) {
     return text + "<p>No events were recorded, so there is nothing to draw.</p>\n</section>\n";
   }
   Timeline timeline(data);
-  text += "<p>One lane per worker, time runs to the right. A number in a bar is the ring step.</p>\n";
+  text += "<p>One lane per worker, time runs to the right.";
+  text += timeline.has_numbers() ? " A number in a bar is the ring step.</p>\n" : "</p>\n";
   const std::string label = fmt::format("Timeline of {} over {}: when each computed, waited, sent and skipped.",
                                         counted(static_cast<std::int64_t>(timeline.lanes()), "worker"),
                                         time_text(static_cast<double>(data.end_ns - data.begin_ns) * 1e-9));

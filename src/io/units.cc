@@ -71,13 +71,13 @@ std::string byte_text(double bytes) { return short_text(kBytes, bytes); }
 std::string count_text(double count) { return short_text(kCounts, count); }
 std::string grouped(std::int64_t count) { return number(static_cast<double>(count), {}); }
 
-std::string percent(double share) {
+std::string percent(double share, int decimals) {
   if (!std::isfinite(share)) return "-";
   const double value = share * 100;
   if (value > 0 && value < 0.1) return fmt::format("<0.1{}%", kThinSpace);
   if (value > 99.9 && value < 100) return fmt::format(">99.9{}%", kThinSpace);
   const bool whole = value == std::floor(value) || (value >= 10 && value < 99);
-  return fmt::format("{:.{}f}{}%", value, whole ? 0 : value < 10 ? 2 : 1, kThinSpace);
+  return fmt::format("{:.{}f}{}%", value, whole ? 0 : value < 10 ? decimals : 1, kThinSpace);
 }
 
 }  // namespace annulus

@@ -188,6 +188,11 @@ inline const char* row_address(const RowSource& source, std::int64_t key, std::i
   return static_cast<const char*>(source.base) + source.row[key] * source.row_stride_bytes;
 }
 
+inline __m512i side_by_side(__m256i even, __m256i odd) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+
 // One 32 x 32 square of V^T. Returns whether each of its values is finite.
 bool pack_value_square(Bf16* to, const RowSource& v, const char* const (&rows)[kTileKeys],
                        std::int64_t unit, std::int64_t dim) {
@@ -199,12 +204,8 @@ bool pack_value_square(Bf16* to, const RowSource& v, const char* const (&rows)[k
     const __m512i odd = load_unit(v, rows[2 * j + 1], unit, dim);
     not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(even, exponent), exponent);
     not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(odd, exponent), exponent);
-    const auto merge = [](__m256i a, __m256i b) __attribute__((always_inline)) {
-      return _mm512_or_si512(_mm512_cvtepu16_epi32(a),
-                             _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
-    };
-    low[j] = merge(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd));
-    high[j] = merge(_mm512_extracti64x4_epi64(even, 1), _mm512_extracti64x4_epi64(odd, 1));
+    low[j] = side_by_side(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd));
+    high[j] = side_by_side(_mm512_extracti64x4_epi64(even, 1), _mm512_extracti64x4_epi64(odd, 1));
   }
   transpose(low), transpose(high);
   for (int d = 0; d < 16; ++d) {
@@ -271,8 +272,14 @@ void start(void* memory, const void* const* rows, std::int64_t count, std::int64
 // lse of one lane; returns the factor that normalises its O.
 inline float normalise(const Strip::Head& z, int n, float sink, float& lse) {
   const double seen = kLn2 * z.m[n] + log(static_cast<double>(z.l[n]));
-  if (z.l[n] == 0) return lse = sink, 0.0F;
-  if (sink == -kInfinity) return lse = static_cast<float>(seen), 1 / z.l[n];
+  if (z.l[n] == 0) {
+    lse = sink;
+    return 0;
+  }
+  if (sink == -kInfinity) {
+    lse = static_cast<float>(seen);
+    return 1 / z.l[n];
+  }
   // Each side may be far above the other.
   const double top = seen < sink ? sink : seen, low = seen < sink ? seen : sink;
   const double total = top + log1p(exp(low - top));

@@ -2,7 +2,9 @@
 // AMX. Included by amx_bf16.cc inside its target region; includes nothing.
 //
 // Every tile is 16 rows of 64 bytes and every operand lies in memory as such tiles without gaps, so loads and stores
-// need no stride. Tiles 0 to 3 hold C, 4 and 5 A, 6 and 7 B. Destroying the object gives the tiles back.
+// need no stride. Tiles 0 to 3 hold C, 4 and 5 A, 6 and 7 B. Tiles belong to a thread from open(), which zeroes them, to
+// close(), behind which a thread's state is as small as before; the pair costs 50 ns, so once a call. (No destructor:
+// unwinding would need symbols that the linker may share with other code.)
 #pragma once
 
 namespace annulus {
@@ -12,21 +14,19 @@ constexpr int kTileBytes = 1024;
 
 // ------------------------------------------------------------------------------------------ hardware
 
-struct HardwareTiles {
-  HardwareTiles() {
-    struct alignas(64) {
-      std::uint8_t palette, start_row, reserved[14];
-      std::uint16_t row_bytes[16];
-      std::uint8_t rows[16];
-    } config = {};
-    config.palette = 1;
-    for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
-    asm volatile("ldtilecfg %0" ::"m"(config));
-  }
-  ~HardwareTiles() { asm volatile("tilerelease" ::: "memory"); }
-  HardwareTiles(const HardwareTiles&) = delete;
-  HardwareTiles& operator=(const HardwareTiles&) = delete;
-};
+struct HardwareTiles {};
+
+inline void open(HardwareTiles&) {
+  struct alignas(64) {
+    std::uint8_t palette, start_row, reserved[14];
+    std::uint16_t row_bytes[16];
+    std::uint8_t rows[16];
+  } config = {};
+  config.palette = 1;
+  for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
+  asm volatile("ldtilecfg %0" ::"m"(config));
+}
+inline void close(HardwareTiles&) { asm volatile("tilerelease" ::: "memory"); }
 
 // Assembly instead of intrinsics: the clobber of memory keeps the compiler from moving the loads and
 // stores of the exponentials across a product, so the interleaving written is the one that runs.
@@ -56,8 +56,11 @@ template <int kC, int kA, int kB>
 // ------------------------------------------------------------------------------------------ simulated
 
 struct SimulatedTiles {
-  alignas(64) std::uint32_t tile[8][16][16] = {};
+  alignas(64) std::uint32_t tile[8][16][16];
 };
+
+inline void open(SimulatedTiles& tiles) { memset(&tiles, 0, sizeof tiles); }
+inline void close(SimulatedTiles&) {}
 
 inline float as_float(std::uint32_t bits) { return __builtin_bit_cast(float, bits); }
 inline std::uint32_t as_bits(float x) { return __builtin_bit_cast(std::uint32_t, x); }

@@ -46,6 +46,8 @@ using Tile = V[kKeys][kVecs];
 
 template <class A>
 struct Sizes {
+  // A packed KV head: K by tiles [tile][k-step][key][kPer], V [key / kPer][d][kPer], one byte per tile: V not finite.
+  // Products then read both front to back at constant offsets; strides known at run time only would be loads again.
   std::int64_t steps;     // k-steps of a score tile
   std::int64_t v_rows;    // rows of O^T, padded to whole tiles
   explicit Sizes(Dims dims)
@@ -90,17 +92,16 @@ HWY_INLINE void Clear(Tile& acc) {
   ANNULUS_UNROLL for (int r = 0; r < kKeys; ++r) ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) acc[r][c] = hn::Zero(kF);
 }
 
-// acc[r][c] += sum over k of a[r, k] * b[k, c]; byte strides. The broadcast is pinned in a register: folded into every
-// product it would be loaded kVecs times, and loads are the limit (79-84 % instead of 92).
-template <class A, int kSteps = 0>
-HWY_INLINE void Multiply(Tile& acc, const char* a, std::int64_t row_stride, std::int64_t k_stride, const char* b,
-                         std::int64_t steps) {
-  if constexpr (kSteps > 0) steps = kSteps;
+// acc[r][c] += sum over k of a[k][r] * b[k][c]: kKeys words of a are neighbours, steps are k_stride bytes apart. The
+// broadcast is pinned in a register: folded into every product it would be loaded kVecs times, and loads are the limit
+// (79-84 % instead of 92).
+template <class A>
+HWY_INLINE void Multiply(Tile& acc, const char* a, std::int64_t k_stride, const char* b, std::int64_t steps) {
   for (std::int64_t k = 0; k < steps; ++k, a += k_stride, b += kWidth * 4) {
     V query[kVecs];
     ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) query[c] = hn::Load(kF, reinterpret_cast<const float*>(b) + c * kLanes);
     ANNULUS_UNROLL for (int r = 0; r < kKeys; ++r) {
-      const V x = PinnedBroadcast(a + r * row_stride);
+      const V x = PinnedBroadcast(a + r * 4);
       ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) acc[r][c] = A::Dot(acc[r][c], query[c], x);
     }
   }
@@ -134,14 +135,6 @@ class StripPass {
 
   // Runs of tiles that are neither empty nor poisoned share the pipeline.
   void Run() {
-    switch (sizes_.steps) {
-      case 32: return RunTiled<4>();
-      case 64: return RunTiled<8>();
-      case 128: return RunTiled<16>();
-      default: return RunTiled<0>();
-    }
-  }
-  template <int kPerPair> void RunTiled() {
     const std::int64_t tiles = (call_.key_count + kKeys - 1) / kKeys;
     for (std::int64_t t = 0; t < tiles;) {
       if (work_.tile_class[t] == kTileEmpty) {
@@ -151,7 +144,7 @@ class StripPass {
       } else {
         const std::int64_t first = t;
         while (t < tiles && work_.tile_class[t] != kTileEmpty && !Poisoned(t)) ++t;
-        RunTiles<kPerPair>(first, t);
+        RunTiles(first, t);
       }
     }
   }
@@ -162,7 +155,7 @@ class StripPass {
 
   // Tiles t+1 (products) and t (exponentials) share one instruction stream; the product with V of a block follows the
   // score products of the tile behind it.
-  template <int kPerPair> void RunTiles(std::int64_t first, std::int64_t end) {
+  HWY_NOINLINE void RunTiles(std::int64_t first, std::int64_t end) {
     alignas(64) float top[kWidth];
     float *now = scratch_.s[0], *before = scratch_.s[1];
     std::int64_t block = first;
@@ -171,9 +164,9 @@ class StripPass {
       Clear(acc);
       const char* a = k_ + t * kKeys * sizes_.k_row_bytes();
       if (t == first) {
-        Multiply<A>(acc, a, sizes_.k_row_bytes(), 4, z_.qt, sizes_.steps);
+        Multiply<A>(acc, a, kKeys * 4, z_.qt, sizes_.steps);
       } else {
-        MultiplyBesideExponentials<kPerPair>(acc, a, before, scratch_.p + (t - 1 - block) * kKeys * kKeyBytes);
+        MultiplyBesideExponentials(acc, a, before, scratch_.p + (t - 1 - block) * kKeys * kKeyBytes);
       }
       if (Scores(acc, t, now, top)) Raise(top, (t - block) * kKeys);
       if ((t - block) * kKeys == kBlock) ProductWithV(block * kKeys, kBlock), block = t;
@@ -192,27 +185,27 @@ class StripPass {
 
   // Deals the exponentials of the tile before between the k-steps: they use the pipes that products leave idle, if the
   // core's window reaches both (2 to 6 points). Without AVX-512's registers the accumulators would spill instead.
-  template <int kPerPair> HWY_INLINE void MultiplyBesideExponentials(Tile& acc, const char* a, const float* before, char* p) {
+  HWY_INLINE void MultiplyBesideExponentials(Tile& acc, const char* a, const float* before, char* p) {
     V sum[kVecs], m[kVecs];
     ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) sum[c] = At(z_.b, c), m[c] = At(z_.m, c);
     const char* b = z_.qt;
 #if HWY_TARGET <= HWY_AVX3
-    const std::int64_t steps = sizes_.steps, per_pair = kPerPair > 0 ? kPerPair : steps / kPairs;
+    const std::int64_t steps = sizes_.steps, per_pair = steps / kPairs;
     for (int u = 0; u < kKeys / 2; ++u) {
       ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) {
         ExponentialPair(before, u, c, m[c], sum[c], p);
         Prefetch();
-        Multiply<A, kPerPair>(acc, a, sizes_.k_row_bytes(), 4, b, per_pair);
-        a += per_pair * 4, b += per_pair * kWidth * 4;
+        Multiply<A>(acc, a, kKeys * 4, b, per_pair);
+        a += per_pair * kKeys * 4, b += per_pair * kWidth * 4;
       }
     }
-    if constexpr (kPerPair == 0) Multiply<A>(acc, a, sizes_.k_row_bytes(), 4, b, steps - per_pair * kPairs);
+    Multiply<A>(acc, a, kKeys * 4, b, steps - per_pair * kPairs);
 #else
     ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) {
       for (int u = 0; u < kKeys / 2; ++u) ExponentialPair(before, u, c, m[c], sum[c], p), Prefetch();
     }
     Clear(acc);
-    Multiply<A>(acc, a, sizes_.k_row_bytes(), 4, b, sizes_.steps);
+    Multiply<A>(acc, a, kKeys * 4, b, sizes_.steps);
 #endif
     ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) Put(z_.b, c, sum[c]);
   }
@@ -315,7 +308,7 @@ class StripPass {
     for (std::int64_t x = 0; x < sizes_.v_rows; x += kKeys, o += kKeys * kWidth) {
       Tile acc;
       Clear(acc);
-      Multiply<A>(acc, v + x * 4, 4, sizes_.v_step_bytes(), scratch_.p, n / A::kPer);
+      Multiply<A>(acc, v + x * 4, sizes_.v_step_bytes(), scratch_.p, n / A::kPer);
       ANNULUS_UNROLL for (int r = 0; r < kKeys; ++r) {
         ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) {
           Put(o + r * kWidth, c, hn::MulAdd(f[c], At(o + r * kWidth, c), acc[r][c]));
@@ -338,7 +331,7 @@ class StripPass {
     const std::uint32_t* bits = work_.lane_bits + t * kKeys;
     Tile acc;
     Clear(acc);
-    Multiply<A>(acc, k_ + t * kKeys * sizes_.k_row_bytes(), sizes_.k_row_bytes(), 4, z_.qt, sizes_.steps);
+    Multiply<A>(acc, k_ + t * kKeys * sizes_.k_row_bytes(), kKeys * 4, z_.qt, sizes_.steps);
     alignas(64) float top[kWidth];
     if (Scores(acc, t, s, top)) Raise(top, 0);
     for (int c = 0; c < kVecs; ++c) {
@@ -417,6 +410,23 @@ std::int64_t PackedBytes(Dims dims, std::int64_t num_keys) {
   return (sizes.k_bytes(num_keys) + sizes.v_bytes(num_keys) + sizes.PadKeys(num_keys) / kKeys + 63) / 64 * 64;
 }
 
+// Four rows of 32-bit words become [step][4] at `out`, `stride` words from step to step; null rows are zeros.
+template <class A>
+void TransposeRows(const void* const* rows, const RowSource& source, std::int64_t head_dim, std::int64_t steps,
+                   std::uint32_t* out, std::int64_t stride) {
+  for (std::int64_t x = 0; x < steps; x += kRowWords) {  // by pieces, so that any head_dim fits the stack
+    alignas(64) std::uint32_t words[4][kRowWords];
+    const std::int64_t piece = steps - x < kRowWords ? steps - x : kRowWords;
+    const std::int64_t left = head_dim - x * A::kPer, have = left < piece * A::kPer ? left : piece * A::kPer;
+    for (int i = 0; i < 4; ++i) {
+      const char* row = static_cast<const char*>(rows[i]);
+      A::PackRow(reinterpret_cast<char*>(words[i]), row == nullptr ? row : row + x * A::kPer * source.dim_stride_bytes,
+                 source, have, piece * A::kPer);
+    }
+    TransposeIn(words, out + x * stride, stride, piece);
+  }
+}
+
 template <class A>
 void PackKeys(void* packed, const RowSource& k, const RowSource& v, Dims dims, std::int64_t num_keys,
               std::int64_t key_begin, std::int64_t key_end) {
@@ -425,15 +435,15 @@ void PackKeys(void* packed, const RowSource& k, const RowSource& v, Dims dims, s
   char* v_out = k_out + sizes.k_bytes(num_keys);
   auto* poisoned = reinterpret_cast<std::uint8_t*>(v_out + sizes.v_bytes(num_keys));
   for (std::int64_t tile = key_begin; tile < key_end; tile += kKeys) {
-    for (std::int64_t key = tile; key < tile + kKeys; ++key) {
-      const bool real = key < num_keys;
-      A::PackRow(k_out + key * sizes.k_row_bytes(), real ? RowAddress(k, key) : nullptr, k, dims.head_dim,
-                 sizes.steps * A::kPer);
+    const void *k_rows[kKeys], *v_rows[kKeys];
+    for (int r = 0; r < kKeys; ++r) {
+      const bool real = tile + r < num_keys;
+      k_rows[r] = real ? RowAddress(k, tile + r) : nullptr, v_rows[r] = real ? RowAddress(v, tile + r) : nullptr;
     }
-    const void* rows[kKeys];
-    for (int r = 0; r < kKeys; ++r) rows[r] = tile + r < num_keys ? RowAddress(v, tile + r) : nullptr;
+    auto* k_tile = reinterpret_cast<std::uint32_t*>(k_out + tile * sizes.k_row_bytes());
+    for (int r = 0; r < kKeys; r += 4) TransposeRows<A>(k_rows + r, k, dims.head_dim, sizes.steps, k_tile + r, kKeys);
     char* v_tile = v_out + tile / A::kPer * sizes.v_step_bytes();
-    A::PackValues(v_tile, rows, kKeys, v, dims.v_head_dim, sizes.v_rows);
+    A::PackValues(v_tile, v_rows, kKeys, v, dims.v_head_dim, sizes.v_rows);
     poisoned[tile / kKeys] = A::AnyNotFinite(v_tile, kKeys / A::kPer * sizes.v_rows) ? 1 : 0;
   }
 }
@@ -445,18 +455,9 @@ void StartStrip(void* memory, const void* const* rows, std::int64_t count, std::
   const Strip z = Strip::At(memory, sizes);
   const RowSource source{nullptr, nullptr, 0, dim_stride_bytes, element};
   for (int n = 0; n < kWidth; n += 4) {
-    for (std::int64_t x = 0; x < sizes.steps; x += kRowWords) {  // by pieces, so that any head_dim fits the stack
-      alignas(64) std::uint32_t words[4][kRowWords];
-      const std::int64_t piece = sizes.steps - x < kRowWords ? sizes.steps - x : kRowWords;
-      for (int i = 0; i < 4; ++i) {
-        const bool real = n + i < count;
-        const std::int64_t left = dims.head_dim - x * A::kPer, have = left < piece * A::kPer ? left : piece * A::kPer;
-        A::PackRow(reinterpret_cast<char*>(words[i]),
-                   real ? static_cast<const char*>(rows[n + i]) + x * A::kPer * dim_stride_bytes : nullptr, source, have,
-                   piece * A::kPer);
-      }
-      TransposeIn(words, reinterpret_cast<std::uint32_t*>(z.qt) + x * kWidth + n, kWidth, piece);
-    }
+    const void* four[4];
+    for (int i = 0; i < 4; ++i) four[i] = n + i < count ? rows[n + i] : nullptr;
+    TransposeRows<A>(four, source, dims.head_dim, sizes.steps, reinterpret_cast<std::uint32_t*>(z.qt) + n, kWidth);
   }
   memset(z.o, 0, static_cast<std::size_t>(sizes.v_rows * kWidth * 4));
   for (int n = 0; n < kWidth; ++n) z.m[n] = 0, z.l[n] = 0, z.b[n] = 0, z.guard[n] = -INFINITY, z.f[n] = 1;

@@ -313,6 +313,7 @@ Row Oracle::row(RowIndex at) const {
   std::vector<double> value(static_cast<std::size_t>(v_head_dim()));
   std::vector<Sum> out(value.size());
   row.abs_out.resize(value.size());
+  row.spread_out.resize(value.size());
   // Without a key, or if every weight is exp(-inf), there is nothing to normalize.
   const std::size_t terms = row.lse == -kInfinity ? 0 : scores.size();
   for (std::size_t n = 0; n < terms; ++n) {
@@ -321,10 +322,12 @@ Row Oracle::row(RowIndex at) const {
     for (std::size_t d = 0; d < value.size(); ++d) {
       out[d].add(p * value[d]);
       row.abs_out[d] += p * std::abs(value[d]);
+      row.spread_out[d] += p * value[d] * (p * value[d]);
       if (std::isfinite(value[d])) row.max_abs_v = std::max(row.max_abs_v, std::abs(value[d]));
     }
   }
   for (const Sum& sum : out) row.out.push_back(sum.value());
+  for (double& squares : row.spread_out) squares = std::sqrt(squares);
   return row;
 }
 
