@@ -104,7 +104,8 @@ std::vector<Run> owner_runs(const PageData& data, const std::vector<std::int64_t
   std::vector<Run> runs;
   const std::string& partition = data.plan.partition;
   const std::int64_t tokens = std::accumulate(rows.begin(), rows.end(), std::int64_t{0});
-  if ((partition != "contiguous" && partition != "zigzag") || tokens <= 0) return runs;
+  const bool in_runs = partition == "contiguous" || partition == "zigzag";
+  if (!in_runs || tokens <= 0 || data.workers == 1) return runs;
   const Partition dealt = Partition::from_name(partition);
   for (int rank = 0; rank < static_cast<int>(rows.size()); ++rank) {
     std::int64_t held = 0;
@@ -120,7 +121,7 @@ std::vector<Run> owner_runs(const PageData& data, const std::vector<std::int64_t
 
 enum class Axis { kQueries, kKeys };
 
-// Strip of owners beside the picture, their numbers where they fit, and hair lines across it.
+// Strip of owners beside the picture, with their numbers where they fit.
 void draw_owners(Svg& svg, const std::vector<Run>& runs, Axis axis, const Box& frame) {
   if (runs.empty()) return;
   const bool down = axis == Axis::kQueries;
@@ -137,11 +138,21 @@ void draw_owners(Svg& svg, const std::vector<Run>& runs, Axis axis, const Box& f
     if (size >= 16) {
       svg.text("mid small", box.x + box.width / 2, box.y + box.height / 2 + 4, std::to_string(runs[n].owner));
     }
-    if (n == 0 || runs.size() > 32) continue;
+  }
+}
+
+// Hair lines where owners change, across the whole picture; none where they would be most of it.
+void draw_borders(Svg& svg, std::string_view css_class, const std::vector<Run>& runs, Axis axis, const Box& frame) {
+  if (runs.size() > 32) return;
+  const bool down = axis == Axis::kQueries;
+  for (std::size_t n = 1; n < runs.size(); ++n) {
+    const double share = static_cast<double>(runs[n].begin) / static_cast<double>(runs.back().begin + runs.back().count);
+    const double x = frame.x + frame.width * share;
+    const double y = frame.y + frame.height * share;
     if (down) {
-      svg.line("owner-line", frame.x, box.y, frame.x + frame.width, box.y);
+      svg.line(css_class, frame.x, y, frame.x + frame.width, y);
     } else {
-      svg.line("owner-line", box.x, frame.y, box.x, frame.y + frame.height);
+      svg.line(css_class, x, frame.y, x, frame.y + frame.height);
     }
   }
 }
@@ -162,16 +173,20 @@ std::string draw(const PageData& data, const Grid& grid, const std::string& labe
   const std::int64_t keys = sum(data.plan.kv_rows);
   const Box frame = picture_frame(grid, queries, keys);
   Svg svg(frame.x + frame.width + 1, frame.y + frame.height + 1, label, "fluid");
-  draw_grid(svg, shrunk(grid, kMaxCells), frame);
   const std::vector<Run> query_runs = owner_runs(data, data.plan.q_rows);
   const std::vector<Run> key_runs = owner_runs(data, data.plan.kv_rows);
-  if (data.workers > 1) {
-    draw_owners(svg, key_runs, Axis::kKeys, frame);
-    draw_owners(svg, query_runs, Axis::kQueries, frame);
-  }
+  const auto borders = [&](std::string_view css_class) {
+    draw_borders(svg, css_class, key_runs, Axis::kKeys, frame);
+    draw_borders(svg, css_class, query_runs, Axis::kQueries, frame);
+  };
+  borders("owner-line");
+  draw_grid(svg, shrunk(grid, kMaxCells), frame);
+  borders("owner-over");  // light on dark and dark on light: one of the two shows
+  draw_owners(svg, key_runs, Axis::kKeys, frame);
+  draw_owners(svg, query_runs, Axis::kQueries, frame);
   svg.box("frame", {frame.x - 0.5, frame.y - 0.5, frame.width + 1, frame.height + 1});
-  const double lift = data.workers > 1 && !key_runs.empty() ? kAxis + 8 : 7;
-  const double push = data.workers > 1 && !query_runs.empty() ? kAxis + 8 : 7;
+  const double lift = !key_runs.empty() ? kAxis + 8 : 7;
+  const double push = !query_runs.empty() ? kAxis + 8 : 7;
   svg.text("quiet", frame.x, frame.y - lift, keys > 0 ? grouped(keys) + " keys \u2192" : "keys \u2192");
   const std::string words = queries > 0 ? "\u2190 " + grouped(queries) + " queries" : "\u2190 queries";
   svg.raw(fmt::format("<g transform=\"translate({} {}) rotate(-90)\">", px(frame.x - push), px(frame.y)));

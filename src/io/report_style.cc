@@ -7,10 +7,10 @@ namespace annulus {
 std::string_view style_sheet() {
   return R"css(
 :root{color-scheme:light dark;--paper:#fff;--ink:#1b1f23;--quiet:#5b636b;--line:#d5d9dd;--wash:#f4f5f6;
---compute:#1f66ad;--on-compute:#fff;--wait:#b45f06;--wait-wash:#fbead2;--send:#00785a;
+--compute:#1f66ad;--on-compute:#fff;--mask:#3674b3;--wait:#b45f06;--wait-wash:#fbead2;--send:#00785a;
 --pack:#7d4a8d;--pack-wash:#efe3f2;--good:#0b6b4f;--bad:#b3261e;}
 @media screen and (prefers-color-scheme:dark){:root{--paper:#14171a;--ink:#e4e7ea;--quiet:#a3abb3;--line:#353b41;
---wash:#1d2125;--compute:#6aaeee;--on-compute:#0b1016;--wait:#f0a94a;--wait-wash:#3d2c13;--send:#45cba2;
+--wash:#1d2125;--compute:#6aaeee;--on-compute:#0b1016;--mask:#4684bf;--wait:#f0a94a;--wait-wash:#3d2c13;--send:#45cba2;
 --pack:#cb9bd9;--pack-wash:#382741;--good:#5fd0a8;--bad:#ff9a90;}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
@@ -74,8 +74,8 @@ svg .small{font-size:11px}
 .skip{fill:var(--paper);stroke:var(--ink);stroke-width:1.25}
 .skipped{fill:url(#t-skip)}.other{fill:var(--quiet)}
 .message{stroke:var(--send);fill:none;opacity:.75}
-.owner-a{fill:var(--wash)}.owner-b{fill:var(--line)}.owner-line{stroke:var(--quiet);stroke-opacity:.55;stroke-width:.75;fill:none}
-.d1,.d2,.d3,.d4,.d5,.d6,.d7,.d8{fill:var(--compute);shape-rendering:crispEdges}
+.owner-a{fill:var(--wash)}.owner-b{fill:var(--line)}.owner-line{stroke:var(--quiet);stroke-opacity:.6;stroke-width:.75;fill:none}.owner-over{stroke:var(--paper);stroke-opacity:.5;stroke-width:.75;fill:none}
+.d1,.d2,.d3,.d4,.d5,.d6,.d7,.d8{fill:var(--mask);shape-rendering:crispEdges}
 .d1{fill-opacity:.14}.d2{fill-opacity:.24}.d3{fill-opacity:.36}.d4{fill-opacity:.48}.d5{fill-opacity:.6}
 .d6{fill-opacity:.72}.d7{fill-opacity:.86}
 .ink-wait{fill:var(--wait)}.wash-wait{fill:var(--wait-wash)}.ink-pack{fill:var(--pack)}.wash-pack{fill:var(--pack-wash)}
@@ -84,7 +84,8 @@ svg .small{font-size:11px}
 .facts dd{font-size:16px}.lead{font-size:16px}th,td{padding-left:16px}
 dl.plan{grid-template-columns:1fr;gap:0}dl.plan dd{margin-bottom:8px}}
 @media print{@page{margin:14mm}body{font-size:12px}main,footer{max-width:none;padding:0}.scroll{overflow:visible}
-.chart{zoom:.62}.scroll>table{zoom:.8}figure,tr{break-inside:avoid}h2{break-after:avoid}
+.chart{zoom:.62}.scroll>table{zoom:.8}figure,tr{break-inside:avoid}h2,section>p{break-after:avoid}
+th:first-child{position:static}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}details:not([open]){display:none}}
 )css";
 }

@@ -292,8 +292,9 @@ class StripPass {
       Put(z_.guard, c, hn::IfThenElse(up, hn::Div(hn::Add(to, hn::Set(kF, kGuard)), scale), guard));
       Put(z_.f, c, hn::Mul(factor, At(z_.f, c)));
       Put(z_.b, c, hn::Mul(factor, At(z_.b, c)));
-      for (std::int64_t j = 0; j < n / A::kPer; ++j) {
-        A::ScaleStored(scratch_.p + (j * kVecs + c) * kLanes * 4, factor);
+      char* p = scratch_.p + c * kLanes * 4;
+      for (std::int64_t j = 0; j < n / A::kPer; j += 2, p += 2 * kWidth * 4) {  // n / kPer is even: whole tiles
+        A::ScaleStored(p, factor), A::ScaleStored(p + kWidth * 4, factor);
       }
     }
   }

@@ -181,7 +181,7 @@ class Softmax {
 
 double largest_relevant(std::span<const double> scores, double max, double largest) {
   for (const double s : scores) {
-    if (s >= max - 32) largest = std::max(largest, std::abs(s));
+    if (std::isfinite(s) && s >= max - 32) largest = std::max(largest, std::abs(s));
   }
   return largest;
 }
