@@ -37,26 +37,26 @@ struct AttentionOptions {
   // Visibility.
   bool causal = false;
   CausalAlignment causal_alignment = CausalAlignment::kBottomRight;
-  SlidingWindow sliding_window;
+  SlidingWindow sliding_window{};
   std::int64_t chunk_size = 0;    // > 0: i div c == j div c and j <= i, never shifted
-  TensorView q_segment_ids;       // int32 [batch, q_len]; one of the two serves both when q_len == kv_len
-  TensorView kv_segment_ids;      // int32 [batch, kv_len]
-  std::optional<std::int32_t> padding_segment_id;  // such a token sees nothing and is seen by nothing
-  TensorView kv_lengths;          // int32 [batch]: keys at positions >= the length are not visible
-  TensorView attention_mask;      // bool or uint8 [batch or 1, heads or 1, q_len, kv_len]
-  MaskBuilder mask_builder;
+  TensorView q_segment_ids{};       // int32 [batch, q_len]; one of the two serves both when q_len == kv_len
+  TensorView kv_segment_ids{};      // int32 [batch, kv_len]
+  std::optional<std::int32_t> padding_segment_id{};  // such a token sees nothing and is seen by nothing
+  TensorView kv_lengths{};          // int32 [batch]: keys at positions >= the length are not visible
+  TensorView attention_mask{};      // bool or uint8 [batch or 1, heads or 1, q_len, kv_len]
+  MaskBuilder mask_builder{};
 
   // Arithmetic.
-  std::optional<double> softmax_scale;  // default head_dim^-0.5
+  std::optional<double> softmax_scale{};  // default head_dim^-0.5
   double logits_soft_cap = 0;           // > 0: s = cap * tanh(s / cap)
   // Sinks, in the scaled unit: float32 [num_heads], [num_sinks] seen by every head, or [num_heads, n]. In the view:
   // shape {num_heads, n, 1, 1} or, rank one, {num, 0, 1, 1} with 0 for "no second axis".
-  TensorView softmax_aux;
-  TensorView bias;                      // float32 or the dtype of q, [batch or 1, heads or 1, q_len, kv_len]
+  TensorView softmax_aux{};
+  TensorView bias{};                      // float32 or the dtype of q, [batch or 1, heads or 1, q_len, kv_len]
 
   // How to run. None of these changes a result beyond the numeric bars.
   int threads = 0;                 // per worker; 0: the allowed CPUs divided by the workers
-  std::string isa;                 // a name of targets(); empty: $ANNULUS_ISA, else the best one
+  std::string isa{};                 // a name of targets(); empty: $ANNULUS_ISA, else the best one
   Recorder* recorder = nullptr;    // receives events while the call runs; not owned
 };
 
@@ -65,6 +65,7 @@ struct AttentionOptions {
 struct CallSummary {
   std::string target;              // "avx512_bf16"
   std::string arithmetic;          // "bf16 products, float32 accumulation"
+  bool bf16_probabilities = false;  // probabilities are rounded to bfloat16 before they multiply v
   std::int64_t pairs_visible = 0;  // (batch, query head, query, key)
   std::int64_t pairs_computed = 0;
   std::int64_t bytes_sent = 0;     // K and V to the next rank, this rank

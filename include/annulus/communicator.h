@@ -57,7 +57,7 @@ class Communicator {
 struct WorkerOptions {
   double timeout_s = 30;          // of silence; must be > 0; infinity for none
   bool lend = true;               // receivers read a neighbour's block in place instead of copying it
-  std::function<bool()> stop;     // polled; true ends the call with Interrupted
+  std::function<bool()> stop{};     // polled; true ends the call with Interrupted
 };
 
 // Runs body(comm) on world_size ranks, each a thread of this process, and returns when all are done. The first

@@ -17,11 +17,11 @@ inline namespace v1 {
 enum class Topology : std::uint8_t { kRing, kLinear };
 
 struct RingOptions {
-  AttentionOptions attention;
-  Partition partition;                  // of the queries, and of the keys unless kv_partition is given
-  std::optional<Partition> kv_partition;
+  AttentionOptions attention{};
+  Partition partition{};                  // of the queries, and of the keys unless kv_partition is given
+  std::optional<Partition> kv_partition{};
   Topology topology = Topology::kRing;
-  WorkerOptions workers;                // the global form only
+  WorkerOptions workers{};                // the global form only
 };
 
 // SPMD form: every rank passes its shard. Row t of the shard is the rank's t-th token in the order of
@@ -52,6 +52,7 @@ struct PlannedStep {
 struct Plan {
   std::string target;
   std::string arithmetic;
+  bool bf16_probabilities = false;  // probabilities are rounded to bfloat16 before they multiply v
   std::string mask;                        // in words
   std::vector<std::string> notes;          // copies made, ways refused, with reasons
   int workers = 1;

@@ -68,6 +68,7 @@ TEST(Executor, WorkersDoNotMixTheirBodies) {
   std::vector<int> wrong(kWorkers);
   {
     std::vector<std::jthread> workers;
+    workers.reserve(kWorkers);
     for (int worker = 0; worker < kWorkers; ++worker) {
       workers.emplace_back([&wrong, worker] {
         Executor executor(2);

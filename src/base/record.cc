@@ -9,13 +9,20 @@ inline namespace v1 {
 
 std::string_view name(EventKind kind) {
   switch (kind) {
-    case EventKind::kPlan: return "plan";
-    case EventKind::kPack: return "pack";
-    case EventKind::kSend: return "send";
-    case EventKind::kWait: return "wait";
-    case EventKind::kCompute: return "compute";
-    case EventKind::kSkip: return "skip";
-    case EventKind::kFinish: return "finish";
+    case EventKind::kPlan:
+      return "plan";
+    case EventKind::kPack:
+      return "pack";
+    case EventKind::kSend:
+      return "send";
+    case EventKind::kWait:
+      return "wait";
+    case EventKind::kCompute:
+      return "compute";
+    case EventKind::kSkip:
+      return "skip";
+    case EventKind::kFinish:
+      return "finish";
   }
   return "unknown";
 }

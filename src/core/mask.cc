@@ -130,6 +130,7 @@ class Grid {
   Grid(std::int64_t block, std::int64_t rows, std::int64_t columns, std::int64_t cell,
        std::vector<std::uint8_t> entries)
       : block_(block), rows_(rows), columns_(columns), cell_(cell), entries_(std::move(entries)) {
+    if (entries_.empty()) rows_ = columns_ = 0;  // one of them may be any number
     sum_cells();
   }
 

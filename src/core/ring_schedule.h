@@ -25,7 +25,9 @@ struct Direction {
 // needs[r][o]: rank r has visible pairs with the keys of rank o. Each block visits every rank that needs it exactly
 // once, travels no further than the last one that does, and the ranks in between forward it unread. With two
 // directions a block goes both ways at once: with wrap-around each rank is reached by the shorter way (ties by the
-// first direction), without it by the only one. Own keys are step 0 of the first direction.
+// first direction), without it by the only one. Own keys are step 0 of the first direction; where the second one
+// sends them too, step 0 has another visit for that, which computes nothing. All ranks have the same number of steps,
+// as many as the block that travels farthest takes; a step in which a rank holds nothing is empty.
 std::vector<RankSchedule> make_ring_schedule(int world_size, const std::vector<std::vector<bool>>& needs,
                                              const std::vector<Direction>& directions);
 

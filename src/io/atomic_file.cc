@@ -88,8 +88,9 @@ void AtomicFile::commit(FileAccess access) {
   if (::fchmod(file_.get(), mode) != 0) fail_at("cannot set its mode", errno);
   if (::fsync(file_.get()) != 0) fail_at("cannot sync", errno);
   if (file_.close() != 0) fail_at("cannot close", errno);
-  if (::rename(temporary_path_.c_str(), path_.c_str()) != 0)
+  if (::rename(temporary_path_.c_str(), path_.c_str()) != 0) {
     fail_at("cannot rename into place", errno);
+  }
   temporary_path_.clear();
   // Some file systems cannot sync a folder and say EINVAL; there is nothing better to do on them.
   if (::fsync(folder_.get()) != 0 && errno != EINVAL) fail_at("cannot sync its folder", errno);

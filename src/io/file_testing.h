@@ -38,8 +38,9 @@ class FileTest : public testing::Test {
   }
   [[nodiscard]] std::set<std::string> names_in_folder() const {
     std::set<std::string> names;
-    for (const auto& entry : std::filesystem::directory_iterator(folder_))
+    for (const auto& entry : std::filesystem::directory_iterator(folder_)) {
       names.insert(entry.path().filename());
+    }
     return names;
   }
 

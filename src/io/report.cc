@@ -50,7 +50,8 @@ std::string counted(std::int64_t count, std::string_view noun) {
   return fmt::format("{} {}{}", grouped(count), noun, count == 1 ? "" : "s");
 }
 
-std::string legend_item(std::string_view css_class, std::string_view meaning, std::string_view swatch) {
+std::string legend_item(std::string_view css_class, std::string_view meaning,
+                        std::string_view swatch) {
   Svg svg(22, 12, {});
   svg.path(css_class, swatch);
   return fmt::format("<li>{} {}</li>", svg.finish(), meaning);
@@ -64,7 +65,8 @@ std::string html_report(const ReportInput& input) {
   std::string page = fmt::format(
       "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
       "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
-      "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+      "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src "
+      "'unsafe-inline'\">\n"
       "{}\n<style>{}</style>\n</head>\n<body>\n{}<main>\n",
       element("title", {}, title), style_sheet(), pattern_definitions());
   page += header_section(data);

@@ -14,7 +14,7 @@
 namespace annulus {
 namespace {
 
-constexpr int kMaxCells = 128;     // per side; more cells than this are finer than the picture's pixels
+constexpr int kMaxCells = 128;     // per side: the pixels of a phone allow no more
 constexpr int kWordCells = 8;      // per side of the text alternative
 constexpr double kSide = 320;      // the longer side of the picture, px
 constexpr double kShortest = 120;  // of the other one, whatever the lengths
@@ -85,11 +85,13 @@ void draw_grid(Svg& svg, const Grid& grid, const Box& frame) {
       while (end < grid.columns && level_of(grid.at(row, end)) == level) ++end;
       const double left = frame.width * column / grid.columns;
       const double right = frame.width * end / grid.columns;
-      if (level > 0) data[level] += outline({frame.x + left, frame.y + top, right - left, bottom - top});
+      data[level] += outline({frame.x + left, frame.y + top, right - left, bottom - top});
       column = end;
     }
   }
-  for (std::size_t level = 1; level <= kLevels; ++level) svg.path(fmt::format("d{}", level), data[level]);
+  for (std::size_t level = 1; level <= kLevels; ++level) {  // level 0 is the paper
+    svg.path(fmt::format("d{}", level), data[level]);
+  }
 }
 
 // A run of neighbouring tokens and the worker that holds them.
@@ -136,17 +138,20 @@ void draw_owners(Svg& svg, const std::vector<Run>& runs, Axis axis, const Box& f
             fmt::format("{} {} to {}: worker {}", down ? "queries" : "keys", grouped(runs[n].begin),
                         grouped(runs[n].begin + runs[n].count - 1), runs[n].owner));
     if (size >= 16) {
-      svg.text("mid small", box.x + box.width / 2, box.y + box.height / 2 + 4, std::to_string(runs[n].owner));
+      svg.text("mid small", box.x + box.width / 2, box.y + box.height / 2 + 4,
+               std::to_string(runs[n].owner));
     }
   }
 }
 
 // Hair lines where owners change, across the whole picture; none where they would be most of it.
-void draw_borders(Svg& svg, std::string_view css_class, const std::vector<Run>& runs, Axis axis, const Box& frame) {
+void draw_borders(Svg& svg, std::string_view css_class, const std::vector<Run>& runs, Axis axis,
+                  const Box& frame) {
   if (runs.size() > 32) return;
   const bool down = axis == Axis::kQueries;
   for (std::size_t n = 1; n < runs.size(); ++n) {
-    const double share = static_cast<double>(runs[n].begin) / static_cast<double>(runs.back().begin + runs.back().count);
+    const double share = static_cast<double>(runs[n].begin) /
+                         static_cast<double>(runs.back().begin + runs.back().count);
     const double x = frame.x + frame.width * share;
     const double y = frame.y + frame.height * share;
     if (down) {
@@ -165,16 +170,28 @@ Box picture_frame(const Grid& grid, std::int64_t queries, std::int64_t keys) {
           std::round(std::max(kShortest, kSide * rows / longest))};
 }
 
+void draw_axis_words(Svg& svg, std::int64_t tokens, Axis axis, const Box& frame, double away) {
+  const std::string count = tokens > 0 ? grouped(tokens) + " " : std::string();
+  if (axis == Axis::kKeys) {
+    svg.text("quiet", frame.x, frame.y - away, count + "keys \u2192");
+    return;
+  }
+  svg.raw(fmt::format("<g transform=\"translate({} {}) rotate(-90)\">", px(frame.x - away),
+                      px(frame.y)));
+  svg.text("quiet end", 0, 0, "\u2190 " + count + "queries");
+  svg.raw("</g>");
+}
+
 std::string draw(const PageData& data, const Grid& grid, const std::string& label) {
   const auto sum = [](const std::vector<std::int64_t>& rows) {
     return std::accumulate(rows.begin(), rows.end(), std::int64_t{0});
   };
   const std::int64_t queries = sum(data.plan.q_rows);
   const std::int64_t keys = sum(data.plan.kv_rows);
-  const Box frame = picture_frame(grid, queries, keys);
-  Svg svg(frame.x + frame.width + 1, frame.y + frame.height + 1, label, "fluid");
   const std::vector<Run> query_runs = owner_runs(data, data.plan.q_rows);
   const std::vector<Run> key_runs = owner_runs(data, data.plan.kv_rows);
+  const Box frame = picture_frame(grid, queries, keys);
+  Svg svg(frame.x + frame.width + 1, frame.y + frame.height + 1, label, "fluid");
   const auto borders = [&](std::string_view css_class) {
     draw_borders(svg, css_class, key_runs, Axis::kKeys, frame);
     draw_borders(svg, css_class, query_runs, Axis::kQueries, frame);
@@ -185,13 +202,8 @@ std::string draw(const PageData& data, const Grid& grid, const std::string& labe
   draw_owners(svg, key_runs, Axis::kKeys, frame);
   draw_owners(svg, query_runs, Axis::kQueries, frame);
   svg.box("frame", {frame.x - 0.5, frame.y - 0.5, frame.width + 1, frame.height + 1});
-  const double lift = !key_runs.empty() ? kAxis + 8 : 7;
-  const double push = !query_runs.empty() ? kAxis + 8 : 7;
-  svg.text("quiet", frame.x, frame.y - lift, keys > 0 ? grouped(keys) + " keys \u2192" : "keys \u2192");
-  const std::string words = queries > 0 ? "\u2190 " + grouped(queries) + " queries" : "\u2190 queries";
-  svg.raw(fmt::format("<g transform=\"translate({} {}) rotate(-90)\">", px(frame.x - push), px(frame.y)));
-  svg.text("quiet end", 0, 0, words);
-  svg.raw("</g>");
+  draw_axis_words(svg, keys, Axis::kKeys, frame, key_runs.empty() ? 7 : kAxis + 8);
+  draw_axis_words(svg, queries, Axis::kQueries, frame, query_runs.empty() ? 7 : kAxis + 8);
   return svg.finish();
 }
 
@@ -203,17 +215,33 @@ std::string scale() {
     svg.box(fmt::format("d{}", level), {kStep * static_cast<double>(level), 1, kStep, 10});
   }
   svg.box("cell-line", {0.5, 0.5, kStep * (kLevels + 1), 11});
-  return fmt::format("<ul class=\"legend\"><li>nothing visible {} everything</li></ul>\n", svg.finish());
+  return fmt::format("<ul class=\"legend\"><li>nothing visible {} everything</li></ul>\n",
+                     svg.finish());
+}
+
+std::string ownership(const PageData& data) {
+  if (data.workers == 1) return {};
+  if (data.plan.partition == "striped") {
+    return element(
+        "figcaption", {},
+        fmt::format("Tokens are dealt one by one: token i to worker i mod {}.", data.workers));
+  }
+  if (owner_runs(data, data.plan.q_rows).empty()) return {};
+  return element("figcaption", {}, "Along the edges: the worker that holds these queries or keys.");
 }
 
 std::string word_table(const Grid& grid) {
   const Grid coarse = shrunk(grid, kWordCells);
-  Table table{.caption = "Share of visible pairs, by part of the queries (rows) and of the keys (columns)"};
+  Table table{
+      .caption = "Share of visible pairs, by part of the queries (rows) and of the keys (columns)"};
   table.head.emplace_back("queries");
   const auto part = [](int index, int parts) {
-    return fmt::format("{:.0f}\u2013{:.0f}\u202f%", 100.0 * index / parts, 100.0 * (index + 1) / parts);
+    return fmt::format("{:.0f}\u2013{:.0f}\u202f%", 100.0 * index / parts,
+                       100.0 * (index + 1) / parts);
   };
-  for (int column = 0; column < coarse.columns; ++column) table.head.push_back(part(column, coarse.columns));
+  for (int column = 0; column < coarse.columns; ++column) {
+    table.head.push_back(part(column, coarse.columns));
+  }
   for (int row = 0; row < coarse.rows; ++row) {
     std::vector<std::string> cells{part(row, coarse.rows)};
     for (int column = 0; column < coarse.columns; ++column) {
@@ -227,26 +255,20 @@ std::string word_table(const Grid& grid) {
 }  // namespace
 
 std::string mask_section(const PageData& data) {
-  const Grid grid = input_grid(data.input);
-  const std::string words = data.plan.mask.empty() ? "not described" : data.plan.mask;
-  std::string text = "<section>\n<h2>Mask</h2>\n";
-  text += "<p>" + escape(words);
-  std::string share;
+  std::string words = data.plan.mask.empty() ? "not described" : data.plan.mask;
   if (data.plan.pairs_total > 0) {
-    share = percent(static_cast<double>(data.plan.pairs_visible) / static_cast<double>(data.plan.pairs_total));
-    text += escape(": " + share + " of all pairs are visible");
+    const double share =
+        static_cast<double>(data.plan.pairs_visible) / static_cast<double>(data.plan.pairs_total);
+    words += ": " + percent(share) + " of all pairs are visible";
   }
-  text += "</p>\n";
-  if (grid.rows == 0) return text + "<p class=\"note\">No picture of it was given.</p>\n</section>\n";
-  const std::string label = fmt::format("Which keys each query sees: {}{}. The numbers follow below.", words,
-                                        share.empty() ? "" : ", " + share + " of all pairs visible");
-  text += "<figure>" + draw(data, grid, label) + "\n" + scale() + "<figcaption>";
-  if (data.plan.partition == "striped" && data.workers > 1) {
-    text += fmt::format("Tokens are dealt one by one: token i to worker i mod {}.", data.workers);
-  } else if (data.workers > 1 && !owner_runs(data, data.plan.q_rows).empty()) {
-    text += "Along the edges: the worker that holds these queries or keys.";
+  std::string text = "<section>\n<h2>Mask</h2>\n" + element("p", {}, words) + "\n";
+  const Grid grid = input_grid(data.input);
+  if (grid.rows == 0) {
+    return text + element("p", "note", "No picture of it was given.") + "\n</section>\n";
   }
-  text += "</figcaption></figure>\n" + details("Numbers of this picture", word_table(grid));
+  text += "<figure>" + draw(data, grid, "Which keys each query sees. Mask " + words + ".") + "\n";
+  text += scale() + ownership(data) + "</figure>\n";
+  text += details("Numbers of this picture", word_table(grid));
   return text + "</section>\n";
 }
 

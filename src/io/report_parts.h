@@ -45,6 +45,7 @@ std::string_view pattern_definitions();  // the textures that the style sheet fi
 // "1 worker", "4 workers".
 std::string counted(std::int64_t count, std::string_view noun);
 // A swatch, path data within 22 x 12, and its meaning in markup.
-std::string legend_item(std::string_view css_class, std::string_view meaning, std::string_view swatch = "M1 1h20v10h-20z");
+std::string legend_item(std::string_view css_class, std::string_view meaning,
+                        std::string_view swatch = "M1 1h20v10h-20z");
 
 }  // namespace annulus

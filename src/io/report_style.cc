@@ -2,8 +2,8 @@
 
 namespace annulus {
 
-// Hues follow Okabe and Ito, darkened or lightened until text on paper reaches a contrast of 4.5 and marks 3. Each
-// activity has a texture of its own as well, so that no meaning rests on colour.
+// Hues follow Okabe and Ito, darkened or lightened until text on paper reaches a contrast of 4.5
+// and marks 3. Each activity has a texture of its own as well, so that no meaning rests on colour.
 std::string_view style_sheet() {
   return R"css(
 :root{color-scheme:light dark;--paper:#fff;--ink:#1b1f23;--quiet:#5b636b;--line:#d5d9dd;--wash:#f4f5f6;
@@ -92,11 +92,17 @@ th:first-child{position:static}
 
 std::string_view pattern_definitions() {
   return R"svg(<svg class="defs" width="0" height="0" aria-hidden="true"><defs>
-<pattern id="t-wait" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><path class="wash-wait" d="M0 0h6v6h-6z"/><path class="ink-wait" d="M0 0h2.4v6h-2.4z"/></pattern>
-<pattern id="t-pack" width="5" height="5" patternUnits="userSpaceOnUse"><path class="wash-pack" d="M0 0h5v5h-5z"/><circle class="ink-pack" cx="1.5" cy="1.5" r="1.3"/><circle class="ink-pack" cx="4" cy="4" r="1.3"/></pattern>
-<pattern id="t-finish" width="4" height="4" patternUnits="userSpaceOnUse"><path class="wash" d="M0 0h4v4h-4z"/><path class="ink-quiet" d="M0 0h2.2v4h-2.2z"/></pattern>
-<pattern id="t-plan" width="4" height="4" patternUnits="userSpaceOnUse"><path class="wash" d="M0 0h4v4h-4z"/><path class="ink-quiet" d="M0 0h4v1.6h-4z"/></pattern>
-<pattern id="t-skip" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(-45)"><path class="ink-line" d="M0 0h1.4v6h-1.4z"/></pattern>
+<pattern id="t-wait" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">
+<path class="wash-wait" d="M0 0h6v6h-6z"/><path class="ink-wait" d="M0 0h2.4v6h-2.4z"/></pattern>
+<pattern id="t-pack" width="5" height="5" patternUnits="userSpaceOnUse">
+<path class="wash-pack" d="M0 0h5v5h-5z"/>
+<circle class="ink-pack" cx="1.5" cy="1.5" r="1.3"/><circle class="ink-pack" cx="4" cy="4" r="1.3"/></pattern>
+<pattern id="t-finish" width="4" height="4" patternUnits="userSpaceOnUse">
+<path class="wash" d="M0 0h4v4h-4z"/><path class="ink-quiet" d="M0 0h2.2v4h-2.2z"/></pattern>
+<pattern id="t-plan" width="4" height="4" patternUnits="userSpaceOnUse">
+<path class="wash" d="M0 0h4v4h-4z"/><path class="ink-quiet" d="M0 0h4v1.6h-4z"/></pattern>
+<pattern id="t-skip" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(-45)">
+<path class="ink-line" d="M0 0h1.4v6h-1.4z"/></pattern>
 </defs></svg>
 )svg";
 }

@@ -37,14 +37,16 @@ struct InputFile {
 
 InputFile open_regular(const std::string& path) {
   InputFile file{.where = concat("safetensors file ", escaped(path)), .fd = {}, .bytes = 0};
-  if (path.find('\0') != std::string::npos)
+  if (path.find('\0') != std::string::npos) {
     fail<IoError>(file.where, "the path holds a NUL character");
+  }
   // A pipe would block the open until somebody writes to it.
   file.fd = FileDescriptor(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
   if (!file.fd.valid()) fail<IoError>(file.where, "cannot open: ", errno_text(errno));
   struct stat found {};
-  if (::fstat(file.fd.get(), &found) != 0)
+  if (::fstat(file.fd.get(), &found) != 0) {
     fail<IoError>(file.where, "cannot stat: ", errno_text(errno));
+  }
   if (!S_ISREG(found.st_mode)) {
     fail<IoError>(file.where, "found ",
                   S_ISDIR(found.st_mode) ? "a directory" : "a device, a pipe or a socket",
@@ -78,8 +80,9 @@ std::int64_t read_header_bytes(const InputFile& file) {
   std::uint64_t header_bytes = 0;
   read_at(file, 0, &header_bytes, kLengthBytes);
   const std::int64_t rest = file.bytes - kLengthBytes;
-  if (header_bytes == 0)
+  if (header_bytes == 0) {
     fail<BadData>(file.where, "the header is 0 bytes long, expected at least 2");
+  }
   if (header_bytes > static_cast<std::uint64_t>(rest)) {
     fail_with_fix<BadData>("check that it is a safetensors file and was copied completely",
                            file.where, "the header claims ", header_bytes,
@@ -112,8 +115,9 @@ std::int64_t alignment_of(const NamedTensor& tensor) { return element_bytes(tens
 std::shared_ptr<const void> read_data(const InputFile& file, std::int64_t offset,
                                       std::vector<NamedTensor>& tensors) {
   std::int64_t bytes = 0;
-  for (const NamedTensor& tensor : tensors)
+  for (const NamedTensor& tensor : tensors) {
     bytes = round_up(bytes, alignment_of(tensor)) + tensor.bytes;
+  }
   const auto buffer = std::make_shared<AlignedBuffer>(
       std::max<std::int64_t>(bytes, 1));  // empty tensors point, too
   std::int64_t place = 0;
@@ -142,8 +146,9 @@ std::shared_ptr<const void> map_data(const InputFile& file, std::int64_t offset,
                                      std::vector<NamedTensor>& tensors) {
   const auto size = static_cast<std::size_t>(file.bytes);
   void* address = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.fd.get(), 0);
-  if (address == MAP_FAILED)
+  if (address == MAP_FAILED) {
     fail<IoError>(file.where, "cannot map ", size, " bytes: ", errno_text(errno));
+  }
   const auto mapping = std::make_shared<Mapping>(address, size);
 
   std::vector<NamedTensor*> misaligned;
@@ -221,8 +226,9 @@ std::string header_text(const std::vector<NamedTensor>& tensors,
     if (tensor.bytes < 0 || tensor.bytes > std::numeric_limits<std::int64_t>::max() - data_bytes) {
       fail(where, "tensor ", escaped(tensor.name), ": cannot hold ", tensor.bytes, " bytes");
     }
-    if (tensor.data == nullptr && tensor.bytes > 0)
+    if (tensor.data == nullptr && tensor.bytes > 0) {
       fail(where, "tensor ", escaped(tensor.name), ": data is null");
+    }
     entries.push_back(entry_text(tensor, data_bytes, where));
     data_bytes += tensor.bytes;
   }
@@ -251,8 +257,9 @@ DType dtype_of(const NamedTensor& tensor) {
     if (tensor.file_dtype == known.file_dtype) return known.dtype;
   }
   std::string names;
-  for (const DTypeName& known : kDTypeNames)
+  for (const DTypeName& known : kDTypeNames) {
     names.append(names.empty() ? "" : " ").append(known.file_dtype);
+  }
   fail_with_fix<BadData>("convert the tensor to one of them", "dtype_of", "tensor ",
                          escaped(tensor.name), " has dtype ", escaped(tensor.file_dtype),
                          ", Annulus computes with ", names);

@@ -49,8 +49,9 @@ constexpr std::array<FileDType, 15> kFileDTypes = {{{"BOOL", 1},
 
 std::string known_dtypes() {
   std::string names;
-  for (const FileDType& dtype : kFileDTypes)
+  for (const FileDType& dtype : kFileDTypes) {
     names.append(names.empty() ? "" : " ").append(dtype.name);
+  }
   return names;
 }
 
@@ -96,8 +97,9 @@ class HeaderReader : public nlohmann::json_sax<nlohmann::json> {
       charge(text_bytes(value));
       metadata_[key_] = value;  // a copy: the parser's string has spare room
     } else if (place_ == Place::kTensor && key_ == "dtype") {
-      if (element_bytes(value) == 0)
+      if (element_bytes(value) == 0) {
         refuse("found ", escaped(value), ", expected one of ", known_dtypes());
+      }
       dtype_ = value;
     } else {
       unexpected(concat("the string ", escaped(value)));
@@ -111,8 +113,9 @@ class HeaderReader : public nlohmann::json_sax<nlohmann::json> {
       begin_entry(value);
     } else if (place_ == Place::kMetadata) {
       charge(std::int64_t{6} * kBlockBytes + text_bytes(value));
-      if (!metadata_.emplace(value, std::string()).second)
+      if (!metadata_.emplace(value, std::string()).second) {
         refuse("the key ", escaped(value), " occurs twice");
+      }
     } else {
       check_field(value);
     }
@@ -248,8 +251,9 @@ void HeaderReader::begin_entry(const std::string& name) {
     if (std::exchange(has_metadata_, true)) refuse(kMetadataKey, " occurs twice");
     return;
   }
-  if (has_control_character(name))
+  if (has_control_character(name)) {
     refuse("the tensor name ", escaped(name), " holds a control character");
+  }
   // Growing the vector copies it, and so does the table that is handed out.
   charge(2 * static_cast<std::int64_t>(sizeof(Entry) + sizeof(std::string_view)) +
          text_bytes(name));
@@ -261,8 +265,9 @@ void HeaderReader::begin_entry(const std::string& name) {
 
 void HeaderReader::check_field(const std::string& field) const {
   const bool known = field == "dtype" || field == "shape" || field == "data_offsets";
-  if (!known)
+  if (!known) {
     refuse("found the field ", escaped(field), ", expected dtype, shape and data_offsets");
+  }
   const bool twice = (field == "dtype" && dtype_) || (field == "shape" && shape_) ||
                      (field == "data_offsets" && offsets_);
   if (twice) refuse("the field ", field, " occurs twice");
@@ -293,8 +298,9 @@ void HeaderReader::finish_entry() {
   if (!dtype_) refuse("the field dtype is missing");
   if (!shape_) refuse("the field shape is missing");
   if (!offsets_) refuse("the field data_offsets is missing");
-  if (offsets_->size() != 2)
+  if (offsets_->size() != 2) {
     refuse("data_offsets: found ", offsets_->size(), " numbers, expected [begin, end]");
+  }
   const std::uint64_t begin = offsets_->front(), end = offsets_->back();
   if (begin > end) refuse("data_offsets [", begin, ", ", end, "] end before they begin");
   const std::uint64_t bytes = tensor_bytes();
@@ -320,8 +326,9 @@ void HeaderReader::check_names() const {
   for (const Entry& entry : entries_) names.emplace_back(entry.tensor.name);
   std::sort(names.begin(), names.end());
   const auto twice = std::adjacent_find(names.begin(), names.end());
-  if (twice != names.end())
+  if (twice != names.end()) {
     fail<BadData>(where_, "tensor ", escaped(*twice), ": the name occurs twice");
+  }
 }
 
 void HeaderReader::check_coverage() const {

@@ -193,8 +193,9 @@ void add_fields(std::vector<HostileFile>& files) {
       dtype + "," + shape + R"(,"data_offsets":[0,2,2])",
       dtype + "," + shape + R"(,"data_offsets":[2,0])",
   };
-  for (const std::string& fields : entries)
+  for (const std::string& fields : entries) {
     files.push_back({"fields " + fields, file_of("{\"a\":{" + fields + "}}", 2)});
+  }
   for (const char* name :
        {"F4", "F8_E8M0", "u8", "U8 ", "", "C64", "FLOAT32", "F32\\u0000", "\\u001b[2J", "U128"}) {
     files.push_back({"dtype "s + name, file_of("{" + entry("a", name, "[2]", "[0,2]") + "}", 2)});
@@ -386,8 +387,9 @@ TEST_F(HostileSafetensors, SurvivesRandomByteFlips) {
       ++errors;
       ASSERT_EQ(error->code(), ErrorCode::kBadData) << error->what();
     }
-    for (const std::size_t place : places)
+    for (const std::size_t place : places) {
       ASSERT_EQ(::pwrite(fd, &whole[place], 1, static_cast<off_t>(place)), 1);
+    }
   }
   ::close(fd);
   EXPECT_GT(errors, 10'000);

@@ -103,9 +103,12 @@ std::string outline(const Box& box) {
 }
 
 Svg::Svg(double width, double height, std::string_view label, std::string_view css_class) {
-  const std::string role = label.empty() ? std::string("aria-hidden=\"true\"")
-                                         : fmt::format("role=\"img\" aria-label=\"{}\"", escape(label));
-  markup_ = fmt::format("<svg class=\"{2}\" width=\"{0}\" height=\"{1}\" viewBox=\"0 0 {0} {1}\" {3}>", px(width), px(height), css_class, role);
+  const std::string role = label.empty()
+                               ? std::string("aria-hidden=\"true\"")
+                               : fmt::format("role=\"img\" aria-label=\"{}\"", escape(label));
+  markup_ =
+      fmt::format("<svg class=\"{2}\" width=\"{0}\" height=\"{1}\" viewBox=\"0 0 {0} {1}\" {3}>",
+                  px(width), px(height), css_class, role);
 }
 
 void Svg::path(std::string_view css_class, std::string_view data, std::string_view title) {
@@ -134,9 +137,11 @@ void Svg::text(std::string_view css_class, double x, double y, std::string_view 
 std::string Svg::finish() { return std::move(markup_) + "</svg>"; }
 
 std::string markup(const Table& table) {
-  std::string text =
-      fmt::format("<div class=\"scroll\"><table class=\"{}\"><caption>{}</caption><thead><tr>",
-                  table.css_class, table.caption);
+  std::string text = "<div class=\"scroll\"><table";
+  if (!table.css_class.empty()) text += " class=\"" + table.css_class + "\"";
+  text += ">";
+  if (!table.caption.empty()) text += element("caption", {}, table.caption);
+  text += "<thead><tr>";
   for (const std::string& cell : table.head) text += "<th scope=\"col\">" + cell + "</th>";
   text += "</tr></thead><tbody>";
   const auto add_row = [&](const std::vector<std::string>& row) {

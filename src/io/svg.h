@@ -42,7 +42,7 @@ class Svg {
   std::string markup_;
 };
 
-// A table with a caption; cells are markup. The first column names the row.
+// Cells and heads are markup, the caption is text. The first column names the row.
 struct Table {
   std::string caption = {};
   std::vector<std::string> head = {};

@@ -23,9 +23,10 @@ Lane lane_of(EventKind kind) {
   return traffic ? Lane::kComm : Lane::kCompute;
 }
 
-// A slice without length can be neither selected nor hold the end of an arrow.
+// A slice without length cannot hold the end of an arrow, so a message takes a nanosecond at least.
 std::int64_t length_ns(const Event& event) {
-  return std::max<std::int64_t>(1, event.end_ns - event.begin_ns);
+  const std::int64_t least = lane_of(event.kind) == Lane::kComm ? 1 : 0;
+  return std::max(least, event.end_ns - event.begin_ns);
 }
 
 const char* peer_word(EventKind kind) {

@@ -9,8 +9,8 @@ namespace annulus {
 
 // One unit serves a whole column or axis, so that its numbers can be compared by eye.
 struct Unit {
-  double size = 1;        // in the base unit
-  std::string_view name;  // "ms"; empty: plain numbers
+  double size = 1;             // in the base unit
+  std::string_view name = {};  // "ms"; empty: plain numbers
   int decimals = 0;
 };
 

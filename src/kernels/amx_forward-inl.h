@@ -302,9 +302,10 @@ class PanelPass {
       before_exponentials(now, slot, s);
       const Softmax at_begin(now.strip, rule_);
       exponentials(now, slot, s, p_[p_now_], rule_, sizes_);
-      if (__builtin_expect(Softmax(now.strip, rule_).tripped(), 0)) {
+      const Softmax at_end(now.strip, rule_);
+      if (__builtin_expect(at_end.tripped(), 0)) {
         at_begin.store_sum(now.strip);
-        raise_and_redo(now, slot, s, Softmax(now.strip, rule_));
+        raise_and_redo(now, slot, s, at_end);
       }
       prefetch();
       if (slot + 1 < now.slots) multiply_scores(now, slot + 1, s_[s_now_ ^ 1]);

@@ -28,6 +28,8 @@ HWY_INLINE hn::VFromD<U> RoundedBits(V p) { return hn::Add(hn::BitCast(kU, p), h
 struct BFloat16 {
   // Degree 4, not 3: the bias of degree 3 (8.6e-5) would show in lse, which callers merge.
   static constexpr int kPer = 2, kDegree = 4;
+  static constexpr bool kRoundsP = true;
+  static HWY_INLINE V Ones() { return hn::BitCast(kF, hn::Set(kU, 0x3f803f80U)); }
   static HWY_INLINE V Dot(V acc, V a, V b) {
     return V{_mm512_dpbf16_ps(acc.raw, reinterpret_cast<__m512bh>(a.raw), reinterpret_cast<__m512bh>(b.raw))};
   }

@@ -31,6 +31,8 @@ struct Entry {
   const char* use;
 };
 
+constexpr const char* kSimulated = "amx_simulated";  // for tests: by name only, and not listed
+
 #if HWY_ARCH_X86
 const Entry kEntries[] = {
     {"scalar", always, any_dtype, [] { return vector_forward("scalar"); }, "plain C++, for comparison"},
@@ -40,6 +42,7 @@ const Entry kEntries[] = {
     {"avx512", highway_has<HWY_AVX3>, any_dtype, [] { return vector_forward("avx512"); }, "float32 products, 16 lanes"},
     {"avx512_bf16", [] { return highway_has<HWY_AVX3>() && cpu_features().avx512_bf16; }, bfloat16_only,
      avx512_bf16_forward, "bfloat16 dot products"},
+    {kSimulated, highway_has<HWY_AVX3>, bfloat16_only, amx_simulated_forward, "the AMX kernel on simulated tiles"},
     {"amx", [] { return highway_has<HWY_AVX3>() && cpu_features().amx_bf16; }, bfloat16_only, amx_bf16_forward,
      "bfloat16 tile products"},
 };
@@ -54,7 +57,8 @@ const Entry kEntries[] = {
 // The dot-product instruction halves the rate of float32 products on Intel's cores and doubles it on AMD's: there it is
 // chosen by itself, elsewhere by name only.
 bool chosen_by_itself(const Entry& entry) {
-  return std::string(entry.name) != "avx512_bf16" || cpu_features().vendor == "AuthenticAMD";
+  const std::string name = entry.name;
+  return name != kSimulated && (name != "avx512_bf16" || cpu_features().vendor == "AuthenticAMD");
 }
 
 std::string known_names() {
@@ -94,22 +98,12 @@ const Entry& choose(DType dtype, const std::string& isa) {
 
 const ForwardKernel& choose_forward(DType dtype, const std::string& isa) { return *choose(dtype, isa).forward(); }
 
-std::vector<const ForwardKernel*> runnable_forward_kernels(DType dtype) {
-  std::vector<const ForwardKernel*> kernels;
-  for (const Entry& entry : kEntries) {
-    if (entry.available() && entry.takes(dtype)) kernels.push_back(entry.forward());
-  }
-#if HWY_ARCH_X86
-  if (bfloat16_only(dtype) && highway_has<HWY_AVX3>()) kernels.push_back(amx_simulated_forward());
-#endif
-  return kernels;
-}
-
 inline namespace v1 {
 
 std::vector<Target> targets() {
   std::vector<Target> list;
   for (const Entry& entry : kEntries) {
+    if (entry.name == kSimulated) continue;
     const bool available = entry.available();
     list.push_back({entry.name, available, available ? entry.use : "this CPU or its operating system lacks it"});
   }

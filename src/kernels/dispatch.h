@@ -2,7 +2,6 @@
 #pragma once
 
 #include <string>
-#include <vector>
 
 #include "annulus/targets.h"
 #include "kernels/kernel_table.h"
@@ -19,8 +18,5 @@ const ForwardKernel* vector_forward(const std::string& target);
 
 // The kernel of chosen_target(dtype, isa). Reads the environment.
 const ForwardKernel& choose_forward(DType dtype, const std::string& isa);
-
-// Every kernel that runs on this CPU and takes inputs of `dtype`, the simulated one included: for tests.
-std::vector<const ForwardKernel*> runnable_forward_kernels(DType dtype);
 
 }  // namespace annulus

@@ -6,6 +6,7 @@
 //   Stored             element of K, Q, V and P in memory; kPer of them share a 32-bit lane
 //   kDegree            of the exponential's polynomial
 //   Dot(acc, a, b)     acc + a * b, summed over the kPer elements of a lane
+//   kRoundsP           P is stored with fewer bits than it is summed with
 //
 // Figures in comments are shares of peak on a Zen 5 core at 16K tokens, bf16, d = 128, unless they say otherwise.
 
@@ -64,7 +65,9 @@ struct Strip {
   char* qt;       // Q^T [k-step][query][kPer]
   float* o;       // O^T, unnormalised [v row][query]
   float* m;       // reference in log2 units, an integer: rescaling is exact
-  float* l;       // sum of p
+  float* l;       // sum of p, for lse
+  float* w;       // sum of p as it was stored, for out: the weights then add up to 1 whatever their rounding, and a row
+                  // that sees one key is that key's value exactly. Unused where storing does not round.
   float* b;       // sum of p of the open block: l sums blocks, so its error grows as block + keys / block
   float* guard;   // score above which the reference is raised; -inf: no reference yet
   float* f;       // factor that O and l await; 1 unless a reference was raised in the open block
@@ -73,7 +76,7 @@ struct Strip {
   static Strip At(void* memory, const Sizes<A>& sizes) {
     Strip z;
     z.m = static_cast<float*>(memory);
-    z.l = z.m + kWidth, z.b = z.l + kWidth, z.guard = z.b + kWidth, z.f = z.guard + kWidth;
+    z.l = z.m + kWidth, z.w = z.l + kWidth, z.b = z.w + kWidth, z.guard = z.b + kWidth, z.f = z.guard + kWidth;
     z.o = z.f + kWidth;
     z.qt = reinterpret_cast<char*>(z.o + sizes.v_rows * kWidth);
     return z;
@@ -121,8 +124,8 @@ class StripPass {
     v_ = packed + sizes_.k_bytes(call.num_keys) + call.key_begin / A::kPer * sizes_.v_step_bytes();
     poisoned_ = reinterpret_cast<const std::uint8_t*>(packed) + sizes_.k_bytes(call.num_keys) +
                 sizes_.v_bytes(call.num_keys) + call.key_begin / kKeys;
-    // A negative scale would turn maxima into minima; the general pass multiplies first.
-    plain_ = call.rule.cap == 0 && !call.rule.bias && call.rule.scale >= 0;
+    // A negative scale would turn maxima into minima and zero times a hidden score is NaN; Transform() multiplies first.
+    plain_ = call.rule.cap == 0 && !call.rule.bias && call.rule.scale > 0;
     scale_ = plain_ ? static_cast<float>(static_cast<double>(call.rule.scale) * (1 / kLn2)) : kLog2e;
   }
 
@@ -306,6 +309,7 @@ class StripPass {
     V f[kVecs];
     ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) f[c] = At(z_.f, c);
     float* o = z_.o;
+    if constexpr (A::kRoundsP) AddWeights(n / A::kPer);
     for (std::int64_t x = 0; x < sizes_.v_rows; x += kKeys, o += kKeys * kWidth) {
       Tile acc;
       Clear(acc);
@@ -317,6 +321,21 @@ class StripPass {
       }
     }
     CloseBlock();
+  }
+  // w = f w + sum of the stored p: the product with a row of ones, 1 % of the block's work at d = 64.
+  HWY_INLINE void AddWeights(std::int64_t steps) {
+    const V one = A::Ones();
+    const float* p = reinterpret_cast<const float*>(scratch_.p);
+    V sum[2][kVecs];  // two chains each: the latency of a product is six cycles
+    ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) {
+      sum[0][c] = hn::Mul(At(z_.f, c), At(z_.w, c)), sum[1][c] = hn::Zero(kF);
+    }
+    for (std::int64_t k = 0; k < steps; k += 2, p += 2 * kWidth) {  // whole tiles: steps is even
+      ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) {
+        sum[0][c] = A::Dot(sum[0][c], At(p, c), one), sum[1][c] = A::Dot(sum[1][c], At(p + kWidth, c), one);
+      }
+    }
+    ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) Put(z_.w, c, hn::Add(sum[0][c], sum[1][c]));
   }
   HWY_INLINE void CloseBlock() {
     for (int c = 0; c < kVecs; ++c) {
@@ -336,14 +355,14 @@ class StripPass {
     alignas(64) float top[kWidth];
     if (Scores(acc, t, s, top)) Raise(top, 0);
     for (int c = 0; c < kVecs; ++c) {
-      V sum = hn::Zero(kF);
+      V sum = hn::Zero(kF), weights = hn::Mul(At(z_.f, c), At(z_.w, c));
       for (int r = 0; r < kKeys; ++r) {
         const V x = hn::MulSub(At(s + r * kWidth, c), hn::Set(kF, scale_), At(z_.m, c));
-        const V e = A::Rounded(Exp2<A::kDegree>(x));
-        sum = hn::Add(sum, e);
-        Put(s + r * kWidth, c, e);
+        const V e = Exp2<A::kDegree>(x);
+        sum = hn::Add(sum, e), weights = hn::Add(weights, A::Rounded(e));
+        Put(s + r * kWidth, c, A::Rounded(e));
       }
-      Put(z_.b, c, sum);
+      Put(z_.b, c, sum), Put(z_.w, c, weights);
       for (std::int64_t d = 0; d < sizes_.v_rows; ++d) {
         V o = hn::Mul(At(z_.f, c), At(z_.o + d * kWidth, c));
         for (int r = 0; r < kKeys; ++r) {
@@ -396,7 +415,7 @@ Blocking BlockingOf(Dims dims) {
 template <class A>
 std::int64_t StripBytes(Dims dims) {
   const Sizes<A> sizes(dims);
-  return ((5 + sizes.v_rows + sizes.steps) * kWidth * 4 + 63) / 64 * 64;
+  return ((6 + sizes.v_rows + sizes.steps) * kWidth * 4 + 63) / 64 * 64;
 }
 
 template <class A>
@@ -461,7 +480,7 @@ void StartStrip(void* memory, const void* const* rows, std::int64_t count, std::
     TransposeRows<A>(four, source, dims.head_dim, sizes.steps, reinterpret_cast<std::uint32_t*>(z.qt) + n, kWidth);
   }
   memset(z.o, 0, static_cast<std::size_t>(sizes.v_rows * kWidth * 4));
-  for (int n = 0; n < kWidth; ++n) z.m[n] = 0, z.l[n] = 0, z.b[n] = 0, z.guard[n] = -INFINITY, z.f[n] = 1;
+  for (int n = 0; n < kWidth; ++n) z.m[n] = 0, z.l[n] = 0, z.w[n] = 0, z.b[n] = 0, z.guard[n] = -INFINITY, z.f[n] = 1;
 }
 
 template <class A>
@@ -505,14 +524,15 @@ void FinishStrip(const void* memory, const float* sinks, float* out, std::int64_
   const Strip z = Strip::At(const_cast<void*>(memory), sizes);
   alignas(64) float factor[kWidth];
   for (int n = 0; n < kWidth; ++n) {
-    const double reference = kLn2 * static_cast<double>(z.m[n]), sink = static_cast<double>(sinks[n]);
+    const float weights = A::kRoundsP ? z.w[n] : z.l[n];
+    const double seen = kLn2 * static_cast<double>(z.m[n]) + log(static_cast<double>(z.l[n]));
     if (z.l[n] == 0) {  // nothing seen
       lse[n] = sinks[n], factor[n] = 0;
     } else if (sinks[n] == -INFINITY) {
-      lse[n] = static_cast<float>(reference + log(static_cast<double>(z.l[n]))), factor[n] = 1 / z.l[n];
+      lse[n] = static_cast<float>(seen), factor[n] = 1 / weights;
     } else {
-      const double total = LogAddExp(reference + log(static_cast<double>(z.l[n])), sink);
-      lse[n] = static_cast<float>(total), factor[n] = static_cast<float>(exp(reference - total));
+      const double total = LogAddExp(seen, static_cast<double>(sinks[n]));
+      lse[n] = static_cast<float>(total), factor[n] = static_cast<float>(exp(seen - total)) / weights;
     }
   }
   TransposeOut(z.o, kWidth, factor, dims.v_head_dim, out, out_stride);

@@ -162,11 +162,13 @@ inline void FloatRow(float* out, const void* row, const RowSource& source, std::
       const auto bits = hn::PromoteTo(kU, hn::LoadU(half, reinterpret_cast<const std::uint16_t*>(p) + x));
       hn::StoreU(hn::BitCast(kF, hn::ShiftLeft<16>(bits)), kF, out + x);
     }
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2  // elsewhere Highway's widening forgets infinities and NaN
   } else if (source.element == Element::kFloat16 && source.dim_stride_bytes == 2) {
     const hn::Rebind<hwy::float16_t, F> half;
     for (; x + kLanes <= n; x += kLanes) {
       hn::StoreU(hn::PromoteTo(kF, hn::LoadU(half, reinterpret_cast<const hwy::float16_t*>(p) + x)), kF, out + x);
     }
+#endif
   }
   for (; x < n; ++x) out[x] = LoadFloat(p + x * source.dim_stride_bytes, source.element);
   for (; x < padded; ++x) out[x] = 0;
@@ -227,6 +229,7 @@ inline void TransposeOut(const float* o, std::int64_t width, const float* factor
 // float32 products and probabilities, inputs of any float type widened once while they are packed.
 struct Float32 {
   static constexpr int kPer = 1, kDegree = 5;
+  static constexpr bool kRoundsP = false;
   static HWY_INLINE V Dot(V acc, V a, V b) { return hn::MulAdd(a, b, acc); }
   static HWY_INLINE void StorePair(V e0, V e1, char* p, std::int64_t key_bytes) {
     hn::Store(e0, kF, reinterpret_cast<float*>(p)), hn::Store(e1, kF, reinterpret_cast<float*>(p + key_bytes));

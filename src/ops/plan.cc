@@ -81,6 +81,7 @@ Plan explain(int workers, const TensorView& q, const TensorView& k, const Tensor
 
   Plan plan;
   plan.target = kernel.target, plan.arithmetic = kernel.arithmetic, plan.mask = describe_mask(problem);
+  plan.bf16_probabilities = kernel.compute == Element::kBFloat16;
   plan.workers = workers, plan.threads_per_worker = threads_of(options.attention, workers);
   plan.partition = options.partition.name();
   plan.strip_rows = kernel.strip_rows, plan.tile_keys = kernel.tile_keys;

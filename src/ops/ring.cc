@@ -155,6 +155,7 @@ class RingRank {
     }
     CallSummary result;
     result.target = kernel_.target, result.arithmetic = kernel_.arithmetic;
+    result.bf16_probabilities = kernel_.compute == Element::kBFloat16;
     result.pairs_visible = costs_.total(), result.pairs_computed = pairs_computed_;
     result.bytes_sent = bytes_sent_, result.steps_skipped = skipped_;
     return result;

@@ -7,7 +7,7 @@
 #include "annulus/reference.h"
 #include "base/fail.h"
 #include "base/half.h"
-#include "reference/bars.h"
+#include "annulus/bars.h"
 
 namespace annulus {
 inline namespace v1 {
@@ -74,8 +74,8 @@ double dot(std::span<const double> a, std::span<const double> b) {
   return sum.value();
 }
 
-double norm(std::span<const double> a) {
-  return std::sqrt(std::inner_product(a.begin(), a.end(), a.begin(), 0.0));
+double squared_norm(std::span<const double> a) {
+  return std::inner_product(a.begin(), a.end(), a.begin(), 0.0);
 }
 
 // An axis of one entry serves every index.
@@ -294,17 +294,19 @@ Row Oracle::row(RowIndex at) const {
   std::vector<double> query(static_cast<std::size_t>(head_dim()));
   std::vector<double> key(query.size());
   load_query(at, query);
-  row.q_norm = norm(query);
+  row.q_norm = std::sqrt(squared_norm(query));
 
   const double cap = options_.logits_soft_cap;
   std::vector<double> scores(inputs.keys.size());
+  double max_squared_k = 0;
   for (std::size_t n = 0; n < scores.size(); ++n) {
     load_key(at, inputs.keys[n], key);
-    row.max_k_norm = std::max(row.max_k_norm, norm(key));
+    max_squared_k = std::max(max_squared_k, squared_norm(key));
     scores[n] = softmax_scale_ * dot(query, key);
     if (cap > 0) scores[n] = cap * std::tanh(scores[n] / cap);
     if (options_.bias) scores[n] += inputs.bias[n];
   }
+  row.max_k_norm = std::sqrt(max_squared_k);
   const Softmax softmax(scores, inputs.sinks);
   row.lse = softmax.lse();
   row.max_abs_score = largest_relevant(scores, softmax.max(), 0);

@@ -1,4 +1,4 @@
-#include "reference/bars.h"
+#include "annulus/bars.h"
 
 #include <algorithm>
 #include <cmath>
@@ -165,7 +165,9 @@ DType Checker::rounding_dtype() const {
 // Standard deviations by which the rms error of a right program may exceed its expectation: the
 // elements of a row share the errors of its weights, so rows count.
 double Checker::few_rows() const {
-  return options_.strict ? 0 : 1 + 4 / std::sqrt(static_cast<double>(std::max<std::int64_t>(error_.rows, 1)));
+  return options_.strict
+             ? 0
+             : 1 + 4 / std::sqrt(static_cast<double>(std::max<std::int64_t>(error_.rows, 1)));
 }
 
 bool Checker::judged_by_rounding() const { return rounding_dtype() != DType::kFloat32; }

@@ -1,0 +1,47 @@
+// From options and tensors to a call of the library, and what the call will take.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "annulus/ring.h"
+#include "inputs.h"
+#include "json.h"
+#include "options.h"
+
+namespace annulus::tools {
+
+// Throws for options that this build cannot honour (Unsupported, with the reason) and for those
+// that do not belong to the operation (InvalidArgument).
+void refuse_absent_features(const Options& options);
+
+struct Call {
+  RingOptions ring;
+  int workers = 1;
+  DType out_dtype = DType::kFloat32;
+  Plan plan;
+};
+
+// The mask and the arithmetic alone: what the oracle needs, too.
+AttentionOptions attention_options(const Options& options, const Inputs& inputs);
+// Plans the call; computes nothing. The views in `inputs` must outlive the call.
+Call make_call(const Options& options, const Inputs& inputs);
+
+// The implementation rounds probabilities to bfloat16 before it multiplies them with v.
+bool rounds_probabilities(const std::string& target);
+
+Shape out_shape(const Inputs& inputs);
+std::int64_t output_bytes(const Inputs& inputs, DType out_dtype);
+
+// What the process will use at its peak: itself at its start, inputs, outputs, the call, the rows
+// that `check_threads` compare with the oracle, and an allowance.
+std::int64_t planned_bytes(std::int64_t at_start, const Inputs& inputs, const Call& call,
+                           int check_threads);
+
+// Shapes as in files: {"q": [1, 4096, 1, 64], ...}.
+Json shapes_json(const Inputs& inputs, Layout layout);
+
+// "attention, bf16, batch 1, ..." and the plan in a few lines.
+std::string describe_call(const Options& options, const Inputs& inputs, const Call& call);
+
+}  // namespace annulus::tools
