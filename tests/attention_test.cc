@@ -237,8 +237,8 @@ std::vector<std::tuple<DType, std::string>> all_targets() {
   return params;
 }
 
-INSTANTIATE_TEST_SUITE_P(Attention, EveryTarget, ::testing::ValuesIn(all_targets()), [](const auto& info) {
-  return std::string(name(std::get<0>(info.param))) + "_" + std::get<1>(info.param);
+INSTANTIATE_TEST_SUITE_P(Attention, EveryTarget, ::testing::ValuesIn(all_targets()), [](const auto& instance) {
+  return std::string(name(std::get<0>(instance.param))) + "_" + std::get<1>(instance.param);
 });
 
 TEST(Attention, LongInputsMeetTheBarsStrictly) {

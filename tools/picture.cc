@@ -1,5 +1,7 @@
 #include "picture.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 
 #include "annulus/targets.h"

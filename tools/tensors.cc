@@ -34,7 +34,7 @@ TensorView dense_view(const void* data, DType dtype, const Shape& logical, Layou
   return {data, dtype, logical, dense_strides(logical, stored)};
 }
 
-MutableTensorView lse_view(void* data, const Shape& out) {
+TensorView lse_view(const void* data, const Shape& out) {
   const auto [b, s, h, d] = out;
   return {data, DType::kFloat32, {b, s, h, 1}, {h * s, 1, s, 1}};
 }

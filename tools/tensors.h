@@ -26,7 +26,7 @@ Shape logical_shape(const std::vector<std::int64_t>& in_file, Layout stored);
 // The view of dense data; `data` may be null for a plan.
 TensorView dense_view(const void* data, DType dtype, const Shape& logical, Layout stored);
 // lse [batch, heads, seq] in memory, [batch, seq, heads, 1] by its axes.
-MutableTensorView lse_view(void* data, const Shape& out);
+TensorView lse_view(const void* data, const Shape& out);
 
 // Bytes of a tensor. Throws InvalidArgument where 63 bits do not hold the number.
 std::int64_t checked_bytes(const std::string& name, const Shape& shape, DType dtype);

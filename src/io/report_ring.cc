@@ -209,7 +209,7 @@ class Matrix {
     const double middle = box.y + box.height / 2;
     if (layout_.words && box.width >= 60) {
       svg.text("mid hint", center, middle - 3, fmt::format("keys of {}", block.owner));
-      svg.text("mid small quiet hint", center, middle + 13,
+      svg.text(works ? "mid small quiet hint" : "mid small hint", center, middle + 13,
                works ? share_text(block, data_.pairs_planned) : "skipped");
     } else if (box.width >= 18) {
       svg.text("mid small hint", center, middle + 4, std::to_string(block.owner));

@@ -65,7 +65,7 @@ footer{color:var(--quiet);font-size:13px;padding-top:14px;padding-bottom:40px}
 svg text{font-size:12px;fill:var(--ink)}
 svg .quiet{fill:var(--quiet)}
 svg .mid{text-anchor:middle}svg .end{text-anchor:end}
-svg .on{fill:var(--on-compute);text-anchor:middle;}svg .hint{pointer-events:none}
+svg .on{fill:var(--on-compute);text-anchor:middle}svg .hint{pointer-events:none}
 svg .small{font-size:11px}
 .rule{stroke:var(--line);fill:none}.frame{stroke:var(--quiet);fill:none}
 .cell{fill:var(--wash)}.cell-line{fill:none;stroke:var(--line)}.gauge{fill:var(--line)}
@@ -74,7 +74,9 @@ svg .small{font-size:11px}
 .skip{fill:var(--paper);stroke:var(--ink);stroke-width:1.25}
 .skipped{fill:url(#t-skip)}.other{fill:var(--quiet)}
 .message{stroke:var(--send);fill:none;opacity:.75}
-.owner-a{fill:var(--wash)}.owner-b{fill:var(--line)}.owner-line{stroke:var(--quiet);stroke-opacity:.6;stroke-width:.75;fill:none}.owner-over{stroke:var(--paper);stroke-opacity:.5;stroke-width:.75;fill:none}
+.owner-a{fill:var(--wash)}.owner-b{fill:var(--line)}
+.owner-line{stroke:var(--quiet);stroke-opacity:.6;stroke-width:.75;fill:none}
+.owner-over{stroke:var(--paper);stroke-opacity:.5;stroke-width:.75;fill:none}
 .d1,.d2,.d3,.d4,.d5,.d6,.d7,.d8{fill:var(--mask);shape-rendering:crispEdges}
 .d1{fill-opacity:.14}.d2{fill-opacity:.24}.d3{fill-opacity:.36}.d4{fill-opacity:.48}.d5{fill-opacity:.6}
 .d6{fill-opacity:.72}.d7{fill-opacity:.86}

@@ -304,8 +304,8 @@ class PanelPass {
       exponentials(now, slot, s, p_[p_now_], rule_, sizes_);
       const Softmax at_end(now.strip, rule_);
       if (__builtin_expect(at_end.tripped(), 0)) {
-        at_begin.store_sum(now.strip);
-        raise_and_redo(now, slot, s, at_end);
+        store_sums(now.strip, at_begin.sum[0], at_begin.sum[1]);
+        raise_and_redo(now, slot, s, at_end.sum[0], at_end.sum[1]);
       }
       prefetch();
       if (slot + 1 < now.slots) multiply_scores(now, slot + 1, s_[s_now_ ^ 1]);
@@ -322,13 +322,14 @@ class PanelPass {
     if (block.strip.head->watch != 0) raise(block, slot, s, p_[p_now_], rule_, sizes_);
   }
 
-  // The slot's sum tripped; the strip still holds the sum from before it.
-  [[gnu::noinline]] void raise_and_redo(const Block& block, int slot, const float* s,
-                                        const Softmax& softmax) {
+  // The slot's sum tripped; the strip still holds the sum from before it. By value: a reference would keep the sums in
+  // memory throughout the pipeline.
+  [[gnu::noinline]] void raise_and_redo(const Block& block, int slot, const float* s, __m512 sum0,
+                                        __m512 sum1) {
     if (raise(block, slot, s, p_[p_now_], rule_, sizes_)) {
       exponentials(block, slot, s, p_[p_now_], rule_, sizes_);
     } else {
-      softmax.store_sum(block.strip);
+      store_sums(block.strip, sum0, sum1);
     }
   }
 
@@ -381,9 +382,9 @@ class PanelPass {
       work.multiply_scores();
       work.multiply_values();
       if (__builtin_expect(fill.softmax.tripped(), 0)) {
-        raise_and_redo(now, slot, s_in, fill.softmax);
+        raise_and_redo(now, slot, s_in, fill.softmax.sum[0], fill.softmax.sum[1]);
       } else {
-        fill.softmax.store_sum(now.strip);
+        store_sums(now.strip, fill.softmax.sum[0], fill.softmax.sum[1]);
       }
       finished = o;
       o += kSquare, v += S::kValueSteps * kSquare, q = q_then;

@@ -125,11 +125,12 @@ struct Softmax {
     return (_mm512_cmp_ps_mask(sum[0], trip, _CMP_GT_OQ) |
             _mm512_cmp_ps_mask(sum[1], trip, _CMP_GT_OQ)) != 0;
   }
-  [[gnu::always_inline]] void store_sum(const Strip& strip) const {
-    _mm512_store_ps(strip.head->b, sum[0]);
-    _mm512_store_ps(strip.head->b + kLanes, sum[1]);
-  }
 };
+
+[[gnu::always_inline]] inline void store_sums(const Strip& strip, __m512 sum0, __m512 sum1) {
+  _mm512_store_ps(strip.head->b, sum0);
+  _mm512_store_ps(strip.head->b + kLanes, sum1);
+}
 
 // All of a slot at once.
 [[gnu::noinline]] void exponentials(const Block& block, int slot, const float* s, Bf16* p,
@@ -140,7 +141,7 @@ struct Softmax {
     for (int j = 0; j < 16; ++j) softmax.pair(s, to, j);
     for (int j = 16; j < 32; ++j) softmax.pair(s, to, j);
   }
-  softmax.store_sum(block.strip);
+  store_sums(block.strip, softmax.sum[0], softmax.sum[1]);
 }
 
 // ------------------------------------------------------------------------------------------ passes over the scores
