@@ -140,10 +140,10 @@ TEST(Element, LoadsEveryType) {
 
 TEST(Element, StoresByWayOfFloat) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    std::uint32_t element = 0xffffffffU;
-    store_element(dtype, &element, -1.5);
-    EXPECT_EQ(load_element(dtype, &element), -1.5) << name(dtype);
-    if (size_bytes(dtype) == 2) EXPECT_EQ(element >> 16, 0xffffU) << name(dtype);
+    std::uint16_t elements[2] = {0xffff, 0xffff};
+    store_element(dtype, elements, -1.5);
+    EXPECT_EQ(load_element(dtype, elements), -1.5) << name(dtype);
+    EXPECT_EQ(elements[1] == 0xffff, size_bytes(dtype) == 2) << name(dtype);
   }
   // A tie of float16 only after the first rounding: 1 + 2^-11 + 2^-40.
   std::uint16_t half = 0;

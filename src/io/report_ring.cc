@@ -336,7 +336,7 @@ bool has_ring(const PageData& data) { return data.workers > 1 && data.blocks_tot
 }  // namespace
 
 bool ring_is_narrow(const PageData& data) {
-  return !has_ring(data) || kNames + width_of(Grid(data)) <= kColumn;
+  return has_ring(data) && kNames + width_of(Grid(data)) <= kColumn;
 }
 
 std::string ring_section(const PageData& data) {

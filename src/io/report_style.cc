@@ -1,11 +1,11 @@
 #include "io/report_parts.h"
 
 namespace annulus {
+namespace {
 
 // Hues follow Okabe and Ito, darkened or lightened until text on paper reaches a contrast of 4.5
 // and marks 3. Each activity has a texture of its own as well, so that no meaning rests on colour.
-std::string_view style_sheet() {
-  return R"css(
+constexpr std::string_view kStyleSheet = R"css(
 :root{color-scheme:light dark;--paper:#fff;--ink:#1b1f23;--quiet:#5b636b;--line:#d5d9dd;--wash:#f4f5f6;
 --compute:#1f66ad;--on-compute:#fff;--mask:#3674b3;--wait:#b45f06;--wait-wash:#fbead2;--send:#00785a;
 --pack:#7d4a8d;--pack-wash:#efe3f2;--good:#0b6b4f;--bad:#b3261e;}
@@ -42,8 +42,8 @@ letter-spacing:.04em}
 .unchecked{color:var(--quiet);border-style:dashed}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:4px 22px;margin:10px 0 0;padding:0;font-size:14px}
 .legend svg{vertical-align:-1px;margin-right:3px}
-table{border-collapse:collapse;font-size:14px;margin:10px 0 4px}
-caption{text-align:left;color:var(--quiet);padding-bottom:6px}
+table{border-collapse:separate;border-spacing:0;font-size:14px;margin:10px 0 4px}
+caption{text-align:left;max-width:min(72ch,100vw - 36px);color:var(--quiet);padding-bottom:6px}
 th,td{padding:4px 0 4px 22px;text-align:right;white-space:nowrap;font-weight:400}
 th:first-child{padding-left:0;padding-right:4px;text-align:left;position:sticky;left:0;background:var(--paper)}
 thead th{color:var(--quiet);font-size:13px;vertical-align:bottom;border-bottom:1px solid var(--ink)}
@@ -90,10 +90,9 @@ dl.plan{grid-template-columns:1fr;gap:0}dl.plan dd{margin-bottom:8px}}
 th:first-child{position:static}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}details:not([open]){display:none}}
 )css";
-}
 
-std::string_view pattern_definitions() {
-  return R"svg(<svg class="defs" width="0" height="0" aria-hidden="true"><defs>
+constexpr std::string_view kPatterns =
+    R"svg(<svg class="defs" width="0" height="0" aria-hidden="true"><defs>
 <pattern id="t-wait" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">
 <path class="wash-wait" d="M0 0h6v6h-6z"/><path class="ink-wait" d="M0 0h2.4v6h-2.4z"/></pattern>
 <pattern id="t-pack" width="5" height="5" patternUnits="userSpaceOnUse">
@@ -107,6 +106,10 @@ std::string_view pattern_definitions() {
 <path class="ink-line" d="M0 0h1.4v6h-1.4z"/></pattern>
 </defs></svg>
 )svg";
-}
+
+}  // namespace
+
+std::string_view style_sheet() { return kStyleSheet; }
+std::string_view pattern_definitions() { return kPatterns; }
 
 }  // namespace annulus

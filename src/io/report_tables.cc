@@ -200,9 +200,13 @@ std::string lead(const PageData& data) {
   text += ".";
   if (!data.activity.empty() && data.seconds > 0) {
     const double all = data.seconds * static_cast<double>(data.activity.size());
-    text +=
-        fmt::format(" On average a worker computed {} of the time and waited {}.",
-                    percent(seconds(sum.compute_ns) / all), percent(seconds(sum.wait_ns) / all));
+    const std::string busy = percent(seconds(sum.compute_ns) / all);
+    const std::string idle = percent(seconds(sum.wait_ns) / all);
+    text += data.workers == 1 ? fmt::format(" It computed {} of the time.", busy)
+                              : fmt::format(
+                                    " On average a worker computed {} of the time and "
+                                    "waited {}.",
+                                    busy, idle);
   }
   if (data.blocks_total <= 1) return text;
   const std::int64_t skipped = data.blocks_total - data.blocks_used;

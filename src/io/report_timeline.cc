@@ -107,7 +107,13 @@ class Timeline {
       : data_(data), lanes_(make_lanes(data, kWidth)), shape_(shape_for(lanes_.lanes.size())) {}
 
   [[nodiscard]] std::size_t size() const { return lanes_.lanes.size(); }
-  [[nodiscard]] bool has_numbers() const { return shape_.bar >= kLeastNumbered; }
+  [[nodiscard]] bool has_numbers() const {
+    return std::any_of(lanes_.lanes.begin(), lanes_.lanes.end(), [&](const Lane& lane) {
+      const auto& marks = lane.marks[static_cast<std::size_t>(EventKind::kCompute)];
+      return std::any_of(marks.begin(), marks.end(),
+                         [&](const Mark& mark) { return !number_in(mark).empty(); });
+    });
+  }
   // 0: every event has its own bar.
   [[nodiscard]] double joined_ns() const {
     return lanes_.marks < lanes_.events ? lanes_.axis.span_ns * lanes_.resolution / kWidth : 0;
@@ -120,7 +126,7 @@ class Timeline {
     Svg svg(kWidth + kRight, height, label);
     draw_axis(svg, height);
     for (std::size_t n = 0; n < size(); ++n) {
-      names.text(has_numbers() ? "name" : "small", 0, top(n) + shape_.bar / 2 + 4,
+      names.text(is_roomy() ? "name" : "small", 0, top(n) + shape_.bar / 2 + 4,
                  std::to_string(lanes_.lanes[n].rank));
       svg.line("rule", 0, top(n) + shape_.bar + 0.5, kWidth, top(n) + shape_.bar + 0.5);
     }
@@ -132,6 +138,7 @@ class Timeline {
   }
 
  private:
+  [[nodiscard]] bool is_roomy() const { return shape_.bar >= kLeastNumbered; }
   [[nodiscard]] double top(std::size_t lane) const {
     return kTop + static_cast<double>(lane) * shape_.pitch() + 4;
   }
@@ -158,7 +165,7 @@ class Timeline {
     const double width = mark.width() - (mark.width() > 3 ? 0.6 : 0);  // keeps neighbours apart
     if (kind != EventKind::kSend) return outline({mark.begin, top(lane), width, shape_.bar});
     const double strip = top(lane) + shape_.bar + 2;
-    const bool wide = mark.width() > 5 || !has_numbers();
+    const bool wide = mark.width() > 5 || !is_roomy();
     if (wide) return outline({mark.begin, strip, width, shape_.sent});
     return fmt::format("M{} {}v{}l6-{}z", px(mark.begin), px(strip), px(shape_.sent),
                        px(shape_.sent / 2));
@@ -175,16 +182,18 @@ class Timeline {
     }
     for (const Mark& mark : marks) {
       svg.path(css_class(kind), shape_of(mark, lane), title_of(mark, data_.begin_ns));
-      if (kind == EventKind::kCompute) draw_number(svg, mark, top(lane) + shape_.bar / 2 + 4);
+      const std::string number = kind == EventKind::kCompute ? number_in(mark) : std::string();
+      if (number.empty()) continue;
+      svg.text("on hint", (mark.begin + mark.end) / 2, top(lane) + shape_.bar / 2 + 4, number);
     }
   }
 
-  void draw_number(Svg& svg, const Mark& mark, double y) const {
-    if (mark.events > 1 || mark.first->step < 0 || !has_numbers()) return;
+  // The step, where the bar has room for it.
+  [[nodiscard]] std::string number_in(const Mark& mark) const {
+    if (mark.events > 1 || mark.first->step < 0 || !is_roomy()) return {};
     std::string words = std::to_string(mark.first->step);
-    if (mark.width() < 10 + 7.0 * static_cast<double>(words.size())) return;
-    if (mark.width() >= 60) words = "step " + words;
-    svg.text("on hint", (mark.begin + mark.end) / 2, y, words);
+    if (mark.width() < 10 + 7.0 * static_cast<double>(words.size())) return {};
+    return mark.width() >= 60 ? "step " + words : words;
   }
 
   // From the strip of the sender to the end of the wait.

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <span>
@@ -76,8 +77,9 @@ std::string percent(double share, int decimals) {
   const double value = share * 100;
   if (value > 0 && value < 0.1) return fmt::format("<0.1{}%", kThinSpace);
   if (value > 99.9 && value < 100) return fmt::format(">99.9{}%", kThinSpace);
-  const bool whole = value == std::floor(value) || (value >= 10 && value < 99);
-  return fmt::format("{:.{}f}{}%", value, whole ? 0 : value < 10 ? decimals : 1, kThinSpace);
+  const bool whole = value == std::floor(value);
+  const int shown = whole ? 0 : value < 10 ? decimals : value < 99 ? decimals - 1 : 1;
+  return fmt::format("{:.{}f}{}%", value, std::max(0, shown), kThinSpace);
 }
 
 }  // namespace annulus

@@ -26,7 +26,7 @@ std::string time_text(double seconds);
 std::string byte_text(double bytes);
 std::string count_text(double count);     // "65 536" or "1.2 M"
 std::string grouped(std::int64_t count);  // "65 536"
-// "91 %"; below ten with decimals; "<0.1 %" rather than a zero that is none.
+// "91 %", "9.1 %": one decimal less from ten on. "<0.1 %" rather than a zero that is none.
 std::string percent(double share, int decimals = 1);
 
 }  // namespace annulus

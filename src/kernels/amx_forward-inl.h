@@ -192,7 +192,7 @@ class PanelPass {
   // The stream of blocks crosses strips without a gap. kK = 0: nothing overlaps, any dimension.
   template <int kK, int kV>
   void run_blocks() {
-    Block before, now, next;
+    Block before{}, now{}, next{};
     bool have_before = false, have_now = advance(now);
     if (!have_now) return;
     multiply_scores(now, 0, s_[s_now_]);
