@@ -13,11 +13,14 @@ struct Case {
 
 std::vector<Case> shape_cases() {
   std::vector<Case> cases;
-  const auto add = [&](const std::string& name, Shape s, std::function<void(AttentionOptions&)> o = [](AttentionOptions&) {}) {
+  const auto add = [&](
+                       const std::string& name, Shape s,
+                       std::function<void(AttentionOptions&)> o = [](AttentionOptions&) {}) {
     cases.push_back({name, s, std::move(o)});
   };
   const auto causal = [](AttentionOptions& o) { o.causal = true; };
-  for (const std::int64_t d : {1, 7, 32, 64, 72, 80, 128, 129}) add("dim" + std::to_string(d), {1, 37, 83, 2, 1, d, d});
+  for (const std::int64_t d : {1, 7, 32, 64, 72, 80, 128, 129})
+    add("dim" + std::to_string(d), {1, 37, 83, 2, 1, d, d});
   add("v_dim_smaller", {1, 40, 70, 2, 2, 192, 128});
   add("v_dim_larger", {1, 40, 70, 2, 2, 40, 100});
   add("wide_dim", {1, 33, 65, 1, 1, 600, 520});
@@ -27,17 +30,29 @@ std::vector<Case> shape_cases() {
   }
   add("bottom_right", {2, 17, 90, 2, 2, 32, 32}, causal);
   add("bottom_right_short_keys", {2, 90, 17, 2, 2, 32, 32}, causal);
-  add("top_left", {1, 17, 90, 2, 2, 32, 32}, [](AttentionOptions& o) { o.causal = true, o.causal_alignment = CausalAlignment::kTopLeft; });
-  for (const std::int64_t group : {2, 3, 5, 8, 40}) add("group" + std::to_string(group), {2, 21, 45, 2 * group, 2, 24, 24}, causal);
-  add("window", {1, 300, 300, 1, 1, 32, 32}, [](AttentionOptions& o) { o.sliding_window = {40, 9}; });
-  add("window_left_only", {1, 300, 300, 1, 1, 32, 32}, [](AttentionOptions& o) { o.sliding_window = {40, -1}; });
-  add("window_zero", {1, 100, 100, 1, 1, 32, 32}, [](AttentionOptions& o) { o.sliding_window = {0, 0}; });
-  add("window_causal", {1, 300, 300, 1, 1, 32, 32}, [](AttentionOptions& o) { o.causal = true, o.sliding_window = {40, 9}; });
+  add("top_left", {1, 17, 90, 2, 2, 32, 32},
+      [](AttentionOptions& o) { o.causal = true, o.causal_alignment = CausalAlignment::kTopLeft; });
+  for (const std::int64_t group : {2, 3, 5, 8, 40})
+    add("group" + std::to_string(group), {2, 21, 45, 2 * group, 2, 24, 24}, causal);
+  add("window", {1, 300, 300, 1, 1, 32, 32}, [](AttentionOptions& o) {
+    o.sliding_window = {40, 9};
+  });
+  add("window_left_only", {1, 300, 300, 1, 1, 32, 32}, [](AttentionOptions& o) {
+    o.sliding_window = {40, -1};
+  });
+  add("window_zero", {1, 100, 100, 1, 1, 32, 32}, [](AttentionOptions& o) {
+    o.sliding_window = {0, 0};
+  });
+  add("window_causal", {1, 300, 300, 1, 1, 32, 32}, [](AttentionOptions& o) {
+    o.causal = true, o.sliding_window = {40, 9};
+  });
   add("chunk", {1, 300, 300, 1, 1, 32, 32}, [](AttentionOptions& o) { o.chunk_size = 37; });
   add("soft_cap", {1, 100, 200, 2, 1, 64, 64}, [](AttentionOptions& o) { o.logits_soft_cap = 2; });
-  add("soft_cap_causal", {1, 200, 200, 2, 1, 64, 64}, [](AttentionOptions& o) { o.logits_soft_cap = 30, o.causal = true; });
+  add("soft_cap_causal", {1, 200, 200, 2, 1, 64, 64},
+      [](AttentionOptions& o) { o.logits_soft_cap = 30, o.causal = true; });
   add("scale", {1, 50, 60, 1, 1, 64, 64}, [](AttentionOptions& o) { o.softmax_scale = 0.3; });
-  add("scale_negative", {1, 50, 60, 1, 1, 64, 64}, [](AttentionOptions& o) { o.softmax_scale = -0.2; });
+  add("scale_negative", {1, 50, 60, 1, 1, 64, 64},
+      [](AttentionOptions& o) { o.softmax_scale = -0.2; });
   add("scale_zero", {1, 50, 60, 1, 1, 64, 64}, [](AttentionOptions& o) { o.softmax_scale = 0; });
   add("no_keys", {1, 9, 0, 1, 1, 16, 16});
   add("no_queries", {1, 0, 9, 1, 1, 16, 16});
@@ -45,7 +60,9 @@ std::vector<Case> shape_cases() {
   return cases;
 }
 
-std::string first_failure(const reference::CheckResult& result) { return result.passed ? "" : result.verdict; }
+std::string first_failure(const reference::CheckResult& result) {
+  return result.passed ? "" : result.verdict;
+}
 
 class EveryTarget : public ::testing::TestWithParam<std::tuple<DType, std::string>> {
  protected:
@@ -80,7 +97,9 @@ TEST_P(EveryTarget, SegmentsLengthsAndMasks) {
   ids.fill([](std::int64_t b, std::int64_t t, auto...) { return (t + 7 * b) / 31 % 4; });
   lengths.fill([](std::int64_t b, auto...) { return b == 0 ? 0 : 40 * b; });
   Tensor mask(DType::kBool, {1, 4, 130, 130});
-  mask.fill([](std::int64_t, std::int64_t h, std::int64_t i, std::int64_t j) { return (i * 31 + j * 17 + h * 5) % 11 < 4; });
+  mask.fill([](std::int64_t, std::int64_t h, std::int64_t i, std::int64_t j) {
+    return (i * 31 + j * 17 + h * 5) % 11 < 4;
+  });
   for (int rules = 1; rules < 32; ++rules) {
     AttentionOptions o = options();
     if (rules & 1) o.q_segment_ids = ids;
@@ -99,15 +118,23 @@ TEST_P(EveryTarget, SegmentsLengthsAndMasks) {
 TEST_P(EveryTarget, MaskBuilderPerHead) {
   const Shape s{2, 90, 90, 6, 3, 16, 16};
   AttentionOptions o = options();
-  o.mask_builder = [](std::int64_t q_len, std::int64_t kv_len, std::int64_t heads, std::int64_t head, std::int64_t reps) {
-    EXPECT_EQ(std::vector<std::int64_t>({q_len, kv_len, heads, reps}), std::vector<std::int64_t>({90, 90, 6, 2}));
+  o.mask_builder = [](std::int64_t q_len, std::int64_t kv_len, std::int64_t heads,
+                      std::int64_t head, std::int64_t reps) {
+    EXPECT_EQ(std::vector<std::int64_t>({q_len, kv_len, heads, reps}),
+              std::vector<std::int64_t>({90, 90, 6, 2}));
     switch (head) {
-      case 0: return Mask::causal();
-      case 1: return Mask::sliding_window(5, 3) | Mask::prefix(4);
-      case 2: return Mask::chunked(16);
-      case 3: return Mask::block_sparse(16, 6, 6, std::vector<std::uint8_t>(36, 1)) & Mask::causal();
-      case 4: return Mask::prefix(0);
-      default: return Mask::full();
+      case 0:
+        return Mask::causal();
+      case 1:
+        return Mask::sliding_window(5, 3) | Mask::prefix(4);
+      case 2:
+        return Mask::chunked(16);
+      case 3:
+        return Mask::block_sparse(16, 6, 6, std::vector<std::uint8_t>(36, 1)) & Mask::causal();
+      case 4:
+        return Mask::prefix(0);
+      default:
+        return Mask::full();
     }
   };
   Inputs in(dtype(), s, 6);
@@ -116,9 +143,12 @@ TEST_P(EveryTarget, MaskBuilderPerHead) {
 
 TEST_P(EveryTarget, SinksAndBias) {
   const Shape s{2, 70, 90, 4, 2, 32, 32};
-  Tensor per_head(DType::kFloat32, {4, 1, 1, 1}), several(DType::kFloat32, {4, 3, 1, 1}), shared(DType::kFloat32, {3, 1, 1, 1});
+  Tensor per_head(DType::kFloat32, {4, 1, 1, 1}), several(DType::kFloat32, {4, 3, 1, 1}),
+      shared(DType::kFloat32, {3, 1, 1, 1});
   per_head.fill([](std::int64_t h, auto...) { return h == 3 ? -INFINITY : 5 + h; });
-  several.fill([](std::int64_t h, std::int64_t n, auto...) { return h == 0 ? 200.0 : static_cast<double>(n) - static_cast<double>(h); });
+  several.fill([](std::int64_t h, std::int64_t n, auto...) {
+    return h == 0 ? 200.0 : static_cast<double>(n) - static_cast<double>(h);
+  });
   shared.fill([](std::int64_t n, auto...) { return 4.0 + static_cast<double>(n); });
   const auto rank_one = [](const Tensor& t) {
     TensorView view = t;
@@ -127,7 +157,8 @@ TEST_P(EveryTarget, SinksAndBias) {
   };
   Tensor bias(dtype(), {1, 4, 70, 90}), wide(DType::kFloat32, {2, 1, 70, 90});
   bias.normal(9), wide.normal(10);
-  for (const TensorView& sinks : {rank_one(per_head), TensorView(several), rank_one(shared), TensorView{}}) {
+  for (const TensorView& sinks :
+       {rank_one(per_head), TensorView(several), rank_one(shared), TensorView{}}) {
     for (const TensorView& b : {TensorView{}, TensorView(bias), TensorView(wide)}) {
       AttentionOptions o = options();
       o.softmax_aux = sinks, o.bias = b, o.causal = true;
@@ -146,7 +177,8 @@ TEST_P(EveryTarget, HostileScores) {
       {"growing 100 per 8", [](std::int64_t j) { return 100.0 * static_cast<double>(j / 8); }},
       {"falling", [](std::int64_t j) { return -static_cast<double>(j); }},
       {"low start", [](std::int64_t j) { return j < 64 ? -5000.0 : static_cast<double>(j % 7); }},
-      {"one huge last key", [](std::int64_t j) { return j == 699 ? 1e5 : static_cast<double>(j % 5); }},
+      {"one huge last key",
+       [](std::int64_t j) { return j == 699 ? 1e5 : static_cast<double>(j % 5); }},
       {"sawtooth", [](std::int64_t j) { return 3000.0 * static_cast<double>(j % 331) / 331; }},
       {"all large", [](std::int64_t j) { return 1e4 + static_cast<double>(j % 3); }},
   };
@@ -154,10 +186,12 @@ TEST_P(EveryTarget, HostileScores) {
     for (const bool causal : {false, true}) {
       Inputs in(dtype(), {1, 700, 700, 1, 1, 16, 16}, 8);
       in.q.fill([](auto...) { return 1; });
-      in.k.fill([&, &value = score](std::int64_t, std::int64_t j, auto...) { return value(j) / 4; });
+      in.k.fill(
+          [&, &value = score](std::int64_t, std::int64_t j, auto...) { return value(j) / 4; });
       AttentionOptions o = options();
       o.causal = causal;
-      EXPECT_EQ(first_failure(run_and_check(in, ring(o), 1, 60)), "") << name << (causal ? " causal" : "");
+      EXPECT_EQ(first_failure(run_and_check(in, ring(o), 1, 60)), "")
+          << name << (causal ? " causal" : "");
     }
   }
 }
@@ -165,7 +199,8 @@ TEST_P(EveryTarget, HostileScores) {
 // What a row does not see never reaches it; what it sees reaches it elementwise.
 TEST_P(EveryTarget, NotFiniteInputs) {
   const double kNan = std::numeric_limits<double>::quiet_NaN();
-  for (const double poison : {kNan, static_cast<double>(INFINITY), -static_cast<double>(INFINITY)}) {
+  for (const double poison :
+       {kNan, static_cast<double>(INFINITY), -static_cast<double>(INFINITY)}) {
     Inputs in(dtype(), {1, 80, 80, 1, 1, 16, 16}, 11);
     for (const std::int64_t j : {7, 30, 31, 63, 79}) in.v.set(0, j, 0, j % 16, poison);
     for (const std::int64_t j : {50, 51, 70}) in.k.set(0, j, 0, 3, poison);
@@ -177,18 +212,22 @@ TEST_P(EveryTarget, NotFiniteInputs) {
     lengths.fill([](auto...) { return 29; });
     Inputs again(dtype(), {1, 80, 80, 1, 1, 16, 16}, 12);
     for (std::int64_t j = 29; j < 80; ++j) {
-      for (std::int64_t d = 0; d < 16; ++d) again.k.set(0, j, 0, d, poison), again.v.set(0, j, 0, d, poison);
+      for (std::int64_t d = 0; d < 16; ++d)
+        again.k.set(0, j, 0, d, poison), again.v.set(0, j, 0, d, poison);
     }
     AttentionOptions with_length = options();
     with_length.kv_lengths = lengths;
-    EXPECT_EQ(first_failure(run_and_check(again, ring(with_length), 1)), "") << "lengths " << poison;
+    EXPECT_EQ(first_failure(run_and_check(again, ring(with_length), 1)), "")
+        << "lengths " << poison;
   }
 }
 
 TEST_P(EveryTarget, MaskedBiasIsNeverRead) {
   Inputs in(dtype(), {1, 50, 50, 1, 1, 16, 16}, 13);
   Tensor bias(DType::kFloat32, {1, 1, 50, 50});
-  bias.fill([](std::int64_t, std::int64_t, std::int64_t i, std::int64_t j) { return j > i ? std::nan("") : 0.01 * static_cast<double>(i - j); });
+  bias.fill([](std::int64_t, std::int64_t, std::int64_t i, std::int64_t j) {
+    return j > i ? std::nan("") : 0.01 * static_cast<double>(i - j);
+  });
   AttentionOptions o = options();
   o.causal = true, o.bias = bias;
   EXPECT_EQ(first_failure(run_and_check(in, ring(o), 1)), "");
@@ -206,7 +245,8 @@ TEST_P(EveryTarget, NeighboursKeepTheirBits) {
   (void)attention(in.q, in.k, in.v, in.out.mutable_view(), in.lse.mutable_view(), options());
   for (std::int64_t i = 0; i < 128; ++i) {
     if (i % 32 == 5) continue;
-    for (std::int64_t d = 0; d < 32; ++d) ASSERT_EQ(first.get(0, i, 0, d), in.out.get(0, i, 0, d)) << i;
+    for (std::int64_t d = 0; d < 32; ++d)
+      ASSERT_EQ(first.get(0, i, 0, d), in.out.get(0, i, 0, d)) << i;
   }
 }
 
@@ -237,9 +277,11 @@ std::vector<std::tuple<DType, std::string>> all_targets() {
   return params;
 }
 
-INSTANTIATE_TEST_SUITE_P(Attention, EveryTarget, ::testing::ValuesIn(all_targets()), [](const auto& instance) {
-  return std::string(name(std::get<0>(instance.param))) + "_" + std::get<1>(instance.param);
-});
+INSTANTIATE_TEST_SUITE_P(Attention, EveryTarget, ::testing::ValuesIn(all_targets()),
+                         [](const auto& instance) {
+                           return std::string(name(std::get<0>(instance.param))) + "_" +
+                                  std::get<1>(instance.param);
+                         });
 
 TEST(Attention, LongInputsMeetTheBarsStrictly) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {

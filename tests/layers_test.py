@@ -32,7 +32,7 @@ THIRD_PARTY = {
     r"CLI/": r"tools/|bench/",
     r"benchmark/": r"bench/",
     r".*mmintrin\.h$|x86intrin\.h$": r"src/kernels/",
-    r"gtest/|gmock/|rapidcheck": r"_test\.cc$|_testing\.h$",
+    r"gtest/|gmock/|rapidcheck": r"_test\.cc$|_testing\.h$|^tests/",
 }
 
 # core is pure, so that brute force can test it.

@@ -1,4 +1,5 @@
-// Tensors and calls for the tests of operations: hard inputs, every layout, judged by the numeric bars.
+// Tensors and calls for the tests of operations: hard inputs, every layout, judged by the numeric
+// bars.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -13,10 +14,10 @@
 #include <vector>
 
 #include "annulus/attention.h"
+#include "annulus/bars.h"
 #include "annulus/ring.h"
 #include "annulus/targets.h"
 #include "base/half.h"
-#include "annulus/bars.h"
 
 namespace annulus::testing {
 
@@ -25,11 +26,17 @@ class Tensor {
  public:
   Tensor() = default;
   Tensor(DType dtype, std::array<std::int64_t, 4> shape, Layout layout = Layout::kBshd)
-      : dtype_(dtype), shape_(shape), strides_(dense_strides(shape, layout)),
-        data_(static_cast<std::size_t>(shape[0] * shape[1] * shape[2] * shape[3] * size_bytes(dtype)) + 64) {}
+      : dtype_(dtype),
+        shape_(shape),
+        strides_(dense_strides(shape, layout)),
+        data_(static_cast<std::size_t>(shape[0] * shape[1] * shape[2] * shape[3] *
+                                       size_bytes(dtype)) +
+              64) {}
 
   [[nodiscard]] TensorView view() const { return {data_.data(), dtype_, shape_, strides_}; }
-  [[nodiscard]] MutableTensorView mutable_view() { return {data_.data(), dtype_, shape_, strides_}; }
+  [[nodiscard]] MutableTensorView mutable_view() {
+    return {data_.data(), dtype_, shape_, strides_};
+  }
   operator TensorView() const { return view(); }  // NOLINT: reads as a view everywhere
   [[nodiscard]] std::array<std::int64_t, 4> shape() const { return shape_; }
   [[nodiscard]] const std::vector<std::byte>& bytes() const { return data_; }
@@ -47,7 +54,8 @@ class Tensor {
       store_element(dtype_, at, value);
     }
   }
-  Tensor& fill(const std::function<double(std::int64_t, std::int64_t, std::int64_t, std::int64_t)>& value) {
+  Tensor& fill(
+      const std::function<double(std::int64_t, std::int64_t, std::int64_t, std::int64_t)>& value) {
     for (std::int64_t a = 0; a < shape_[0]; ++a)
       for (std::int64_t b = 0; b < shape_[1]; ++b)
         for (std::int64_t c = 0; c < shape_[2]; ++c)
@@ -59,7 +67,10 @@ class Tensor {
     std::mt19937 generator(seed);
     std::normal_distribution<double> gauss;
     std::uniform_real_distribution<double> uniform;
-    return fill([&](auto...) { return gauss(generator) + (outliers && uniform(generator) < 0.001 ? 10 * gauss(generator) : 0); });
+    return fill([&](auto...) {
+      return gauss(generator) +
+             (outliers && uniform(generator) < 0.001 ? 10 * gauss(generator) : 0);
+    });
   }
 
  private:
@@ -70,14 +81,18 @@ class Tensor {
 };
 
 struct Shape {
-  std::int64_t batch = 1, q_len = 64, kv_len = 64, heads = 1, kv_heads = 1, head_dim = 64, v_head_dim = 64;
+  std::int64_t batch = 1, q_len = 64, kv_len = 64, heads = 1, kv_heads = 1, head_dim = 64,
+               v_head_dim = 64;
 };
 
 struct Inputs {
   Tensor q, k, v, out, lse;
-  Inputs(DType dtype, const Shape& s, unsigned seed = 1, bool outliers = false, Layout layout = Layout::kBshd)
-      : q(dtype, {s.batch, s.q_len, s.heads, s.head_dim}, layout), k(dtype, {s.batch, s.kv_len, s.kv_heads, s.head_dim}, layout),
-        v(dtype, {s.batch, s.kv_len, s.kv_heads, s.v_head_dim}, layout), out(dtype, {s.batch, s.q_len, s.heads, s.v_head_dim}, layout),
+  Inputs(DType dtype, const Shape& s, unsigned seed = 1, bool outliers = false,
+         Layout layout = Layout::kBshd)
+      : q(dtype, {s.batch, s.q_len, s.heads, s.head_dim}, layout),
+        k(dtype, {s.batch, s.kv_len, s.kv_heads, s.head_dim}, layout),
+        v(dtype, {s.batch, s.kv_len, s.kv_heads, s.v_head_dim}, layout),
+        out(dtype, {s.batch, s.q_len, s.heads, s.v_head_dim}, layout),
         lse(DType::kFloat32, {s.batch, s.q_len, s.heads, 1}) {
     q.normal(seed, outliers), k.normal(seed + 1, outliers), v.normal(seed + 2, outliers);
     out.fill([](auto...) { return 77; }), lse.fill([](auto...) { return 77; });
@@ -85,17 +100,25 @@ struct Inputs {
 };
 
 // Runs `workers` ranks (1: attention()) and judges every row, or `rows` sampled rows per head.
-inline reference::CheckResult run_and_check(Inputs& in, const RingOptions& options, int workers, std::int64_t rows = 0) {
+inline reference::CheckResult run_and_check(Inputs& in, const RingOptions& options, int workers,
+                                            std::int64_t rows = 0) {
   bool bf16_probabilities = false;
   if (workers == 1 && !options.kv_partition && options.partition.name() == "contiguous") {
-    bf16_probabilities = attention(in.q, in.k, in.v, in.out.mutable_view(), in.lse.mutable_view(), options.attention).bf16_probabilities;
+    bf16_probabilities =
+        attention(in.q, in.k, in.v, in.out.mutable_view(), in.lse.mutable_view(), options.attention)
+            .bf16_probabilities;
   } else {
-    bf16_probabilities = ring_attention(workers, in.q, in.k, in.v, in.out.mutable_view(), in.lse.mutable_view(), options).front().bf16_probabilities;
+    bf16_probabilities = ring_attention(workers, in.q, in.k, in.v, in.out.mutable_view(),
+                                        in.lse.mutable_view(), options)
+                             .front()
+                             .bf16_probabilities;
   }
-  return reference::check_attention(in.q, in.k, in.v, options.attention, in.out, in.lse, bf16_probabilities, rows);
+  return reference::check_attention(in.q, in.k, in.v, options.attention, in.out, in.lse,
+                                    bf16_probabilities, rows);
 }
 
-// Names of the targets that run inputs of this dtype here, the AMX kernel on simulated tiles included.
+// Names of the targets that run inputs of this dtype here, the AMX kernel on simulated tiles
+// included.
 inline std::vector<std::string> targets_for(DType dtype) {
   std::vector<std::string> names;
   for (const Target& target : targets()) {

@@ -1,11 +1,12 @@
-// Exact attention on one machine in one pass, and what every operation of Annulus shares: the options, the plan and
-// the summary of a call.
+// Exact attention on one machine in one pass, and what every operation of Annulus shares: the
+// options, the plan and the summary of a call.
 //
-//   s   = softmax_scale * dot(q, k), capped, plus bias       L = log(sum over visible keys exp(s) + sum over sinks exp(a))
-//   out = sum over visible keys exp(s - L) v                 lse = L, natural logarithm, sinks included
+//   s   = softmax_scale * dot(q, k), capped, plus bias       L = log(sum over visible keys exp(s) +
+//   sum over sinks exp(a)) out = sum over visible keys exp(s - L) v                 lse = L,
+//   natural logarithm, sinks included
 //
-// A row that sees nothing: out = 0 and lse = -inf (lse = logsumexp(sinks) with sinks). What is masked never reaches a
-// result, NaN and Inf included.
+// A row that sees nothing: out = 0 and lse = -inf (lse = logsumexp(sinks) with sinks). What is
+// masked never reaches a result, NaN and Inf included.
 #pragma once
 
 #include <cstdint>
@@ -32,41 +33,45 @@ struct SlidingWindow {
   std::int64_t right = -1;
 };
 
-// A flat aggregate: name what differs from the default. All rules compose; a pair is visible iff every rule says so.
+// A flat aggregate: name what differs from the default. All rules compose; a pair is visible iff
+// every rule says so.
 struct AttentionOptions {
   // Visibility.
   bool causal = false;
   CausalAlignment causal_alignment = CausalAlignment::kBottomRight;
   SlidingWindow sliding_window{};
-  std::int64_t chunk_size = 0;    // > 0: i div c == j div c and j <= i, never shifted
-  TensorView q_segment_ids{};       // int32 [batch, q_len]; one of the two serves both when q_len == kv_len
-  TensorView kv_segment_ids{};      // int32 [batch, kv_len]
-  std::optional<std::int32_t> padding_segment_id{};  // such a token sees nothing and is seen by nothing
-  TensorView kv_lengths{};          // int32 [batch]: keys at positions >= the length are not visible
-  TensorView attention_mask{};      // bool or uint8 [batch or 1, heads or 1, q_len, kv_len]
+  std::int64_t chunk_size = 0;  // > 0: i div c == j div c and j <= i, never shifted
+  TensorView
+      q_segment_ids{};  // int32 [batch, q_len]; one of the two serves both when q_len == kv_len
+  TensorView kv_segment_ids{};  // int32 [batch, kv_len]
+  std::optional<std::int32_t>
+      padding_segment_id{};     // such a token sees nothing and is seen by nothing
+  TensorView kv_lengths{};      // int32 [batch]: keys at positions >= the length are not visible
+  TensorView attention_mask{};  // bool or uint8 [batch or 1, heads or 1, q_len, kv_len]
   MaskBuilder mask_builder{};
 
   // Arithmetic.
   std::optional<double> softmax_scale{};  // default head_dim^-0.5
-  double logits_soft_cap = 0;           // > 0: s = cap * tanh(s / cap)
-  // Sinks, in the scaled unit: float32 [num_heads], [num_sinks] seen by every head, or [num_heads, n]. In the view:
-  // shape {num_heads, n, 1, 1} or, rank one, {num, 0, 1, 1} with 0 for "no second axis".
+  double logits_soft_cap = 0;             // > 0: s = cap * tanh(s / cap)
+  // Sinks, in the scaled unit: float32 [num_heads], [num_sinks] seen by every head, or [num_heads,
+  // n]. In the view: shape {num_heads, n, 1, 1} or, rank one, {num, 0, 1, 1} with 0 for "no second
+  // axis".
   TensorView softmax_aux{};
-  TensorView bias{};                      // float32 or the dtype of q, [batch or 1, heads or 1, q_len, kv_len]
+  TensorView bias{};  // float32 or the dtype of q, [batch or 1, heads or 1, q_len, kv_len]
 
   // How to run. None of these changes a result beyond the numeric bars.
-  int threads = 0;                 // per worker; 0: the allowed CPUs divided by the workers
-  std::string isa{};                 // a name of targets(); empty: $ANNULUS_ISA, else the best one
-  Recorder* recorder = nullptr;    // receives events while the call runs; not owned
+  int threads = 0;               // per worker; 0: the allowed CPUs divided by the workers
+  std::string isa{};             // a name of targets(); empty: $ANNULUS_ISA, else the best one
+  Recorder* recorder = nullptr;  // receives events while the call runs; not owned
 };
 
-// What a call did. pairs_computed is counted while the tiles run, pairs_visible by the mask alone; a call whose two
-// counts differ throws InternalError rather than return a wrong result.
+// What a call did. pairs_computed is counted while the tiles run, pairs_visible by the mask alone;
+// a call whose two counts differ throws InternalError rather than return a wrong result.
 struct CallSummary {
-  std::string target;              // "avx512_bf16"
-  std::string arithmetic;          // "bf16 products, float32 accumulation"
+  std::string target;               // "avx512_bf16"
+  std::string arithmetic;           // "bf16 products, float32 accumulation"
   bool bf16_probabilities = false;  // probabilities are rounded to bfloat16 before they multiply v
-  std::int64_t pairs_visible = 0;  // (batch, query head, query, key)
+  std::int64_t pairs_visible = 0;   // (batch, query head, query, key)
   std::int64_t pairs_computed = 0;
   std::int64_t bytes_sent = 0;     // K and V to the next rank, this rank
   std::int64_t steps_skipped = 0;  // ring steps without a visible pair
@@ -74,22 +79,25 @@ struct CallSummary {
 
 // out = attention(q, k, v).
 //
-//   q    [batch, q_len,  num_heads,    head_dim]     float32, bfloat16 or float16; k and v of the same dtype
-//   k    [batch, kv_len, num_kv_heads, head_dim]     num_heads is a multiple of num_kv_heads
-//   v    [batch, kv_len, num_kv_heads, v_head_dim]
-//   out  [batch, q_len,  num_heads,    v_head_dim]   the dtype of q, or float32
-//   lse  [batch, q_len,  num_heads,    1]            float32, or an empty view
+//   q    [batch, q_len,  num_heads,    head_dim]     float32, bfloat16 or float16; k and v of the
+//   same dtype k    [batch, kv_len, num_kv_heads, head_dim]     num_heads is a multiple of
+//   num_kv_heads v    [batch, kv_len, num_kv_heads, v_head_dim] out  [batch, q_len,  num_heads,
+//   v_head_dim]   the dtype of q, or float32 lse  [batch, q_len,  num_heads,    1] float32, or an
+//   empty view
 //
-// Cost 2 * pairs * (head_dim + v_head_dim) FLOP; allocates a packed copy of k and v and, per thread, one block of
-// rows. Throws InvalidArgument before anything is written, Unsupported for an isa this CPU lacks.
-CallSummary attention(const TensorView& q, const TensorView& k, const TensorView& v, const MutableTensorView& out,
-                      const MutableTensorView& lse, const AttentionOptions& options = {});
+// Cost 2 * pairs * (head_dim + v_head_dim) FLOP; allocates a packed copy of k and v and, per
+// thread, one block of rows. Throws InvalidArgument before anything is written, Unsupported for an
+// isa this CPU lacks.
+CallSummary attention(const TensorView& q, const TensorView& k, const TensorView& v,
+                      const MutableTensorView& out, const MutableTensorView& lse,
+                      const AttentionOptions& options = {});
 
 // Joins two attention results over disjoint sets of keys into the result over their union:
-// lse = log(e^lse_a + e^lse_b), out likewise weighted. Exact for -inf on either or both sides. out may be out_a or
-// out_b; all shapes as in attention(); lse float32. Sinks must have been counted in one of the two only.
-void merge(const TensorView& out_a, const TensorView& lse_a, const TensorView& out_b, const TensorView& lse_b,
-           const MutableTensorView& out, const MutableTensorView& lse);
+// lse = log(e^lse_a + e^lse_b), out likewise weighted. Exact for -inf on either or both sides. out
+// may be out_a or out_b; all shapes as in attention(); lse float32. Sinks must have been counted in
+// one of the two only.
+void merge(const TensorView& out_a, const TensorView& lse_a, const TensorView& out_b,
+           const TensorView& lse_b, const MutableTensorView& out, const MutableTensorView& lse);
 
 }  // namespace v1
 }  // namespace annulus

@@ -1,6 +1,6 @@
-// How the ranks of a ring reach each other. In one process the ranks are threads; other transports implement the same
-// class. Every wait has a deadline and every failure reaches every rank: a rank that throws calls abort(), after
-// which all waits of all ranks throw.
+// How the ranks of a ring reach each other. In one process the ranks are threads; other transports
+// implement the same class. Every wait has a deadline and every failure reaches every rank: a rank
+// that throws calls abort(), after which all waits of all ranks throw.
 #pragma once
 
 #include <cstddef>
@@ -23,9 +23,9 @@ struct Parcel {
 
 // What a message says of itself; sender and receiver must agree in every field.
 struct Tag {
-  std::int64_t call = 0;   // number of the call on this communicator
-  int step = 0;            // ring step in which the block is used
-  int owner = 0;           // rank whose keys these are
+  std::int64_t call = 0;  // number of the call on this communicator
+  int step = 0;           // ring step in which the block is used
+  int owner = 0;          // rank whose keys these are
   std::int64_t bytes = 0;
 };
 
@@ -35,16 +35,17 @@ class Communicator {
   [[nodiscard]] virtual int rank() const = 0;
   [[nodiscard]] virtual int world_size() const = 0;
 
-  // Hands a parcel to rank `to`; returns at once. A transport that lends passes the memory itself, one that copies
-  // copies it.
+  // Hands a parcel to rank `to`; returns at once. A transport that lends passes the memory itself,
+  // one that copies copies it.
   virtual void send(int to, const Tag& tag, Parcel parcel) = 0;
-  // Waits for the parcel that rank `from` sent with exactly this tag. Throws CommError: PeerMismatch naming both
-  // tags, PeerTimeout naming the rank everyone waits for.
+  // Waits for the parcel that rank `from` sent with exactly this tag. Throws CommError:
+  // PeerMismatch naming both tags, PeerTimeout naming the rank everyone waits for.
   virtual Parcel receive(int from, const Tag& tag) = 0;
   // Everybody's bytes, by rank. All ranks call it; also a barrier.
   virtual std::vector<Parcel> all_gather(std::vector<std::byte> mine) = 0;
 
-  // The calling rank got somewhere. Deadlines count from the last progress of the rank that is waited for.
+  // The calling rank got somewhere. Deadlines count from the last progress of the rank that is
+  // waited for.
   virtual void progress() = 0;
   // Stops every rank: their waits throw the given error. The first abort wins.
   virtual void abort(std::exception_ptr error) = 0;
@@ -55,14 +56,15 @@ class Communicator {
 };
 
 struct WorkerOptions {
-  double timeout_s = 30;          // of silence; must be > 0; infinity for none
-  bool lend = true;               // receivers read a neighbour's block in place instead of copying it
-  std::function<bool()> stop{};     // polled; true ends the call with Interrupted
+  double timeout_s = 30;  // of silence; must be > 0; infinity for none
+  bool lend = true;       // receivers read a neighbour's block in place instead of copying it
+  std::function<bool()> stop{};  // polled; true ends the call with Interrupted
 };
 
-// Runs body(comm) on world_size ranks, each a thread of this process, and returns when all are done. The first
-// exception of any rank stops the others and is rethrown here.
-void run_workers(int world_size, const std::function<void(Communicator&)>& body, const WorkerOptions& options = {});
+// Runs body(comm) on world_size ranks, each a thread of this process, and returns when all are
+// done. The first exception of any rank stops the others and is rethrown here.
+void run_workers(int world_size, const std::function<void(Communicator&)>& body,
+                 const WorkerOptions& options = {});
 
 }  // namespace v1
 }  // namespace annulus

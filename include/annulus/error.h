@@ -1,5 +1,6 @@
-// Errors of Annulus. Every error a caller can meet derives from annulus::Error and carries the code that the
-// command line returns, so that one number names one class in C++, in the shell and under MPI.
+// Errors of Annulus. Every error a caller can meet derives from annulus::Error and carries the code
+// that the command line returns, so that one number names one class in C++, in the shell and under
+// MPI.
 #pragma once
 
 #include <stdexcept>

@@ -1,5 +1,6 @@
-// Which key does which query see? A Mask answers for global positions, so the same mask serves every partition and
-// every number of workers. Masks are values: cheap to copy, immutable, safe to share between threads.
+// Which key does which query see? A Mask answers for global positions, so the same mask serves
+// every partition and every number of workers. Masks are values: cheap to copy, immutable, safe to
+// share between threads.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +19,9 @@ struct Interval {
   std::int64_t last = -1;
 };
 
-// What a mask does to a rectangle of (query, key) pairs. kPartial is the cautious answer: it may turn out to be
-// nothing or everything once the pairs are looked at one by one; kEmpty and kFull are always exact.
+// What a mask does to a rectangle of (query, key) pairs. kPartial is the cautious answer: it may
+// turn out to be nothing or everything once the pairs are looked at one by one; kEmpty and kFull
+// are always exact.
 enum class TileClass : std::uint8_t { kEmpty = 0, kFull = 1, kPartial = 2 };
 
 class Mask {
@@ -43,7 +45,8 @@ class Mask {
 
   [[nodiscard]] bool visible(std::int64_t query, std::int64_t key) const;
   [[nodiscard]] TileClass classify(Interval queries, Interval keys) const;
-  // bits[k]: bit n is set iff queries[n] sees keys[k]. At most 32 queries, in rising order; any order of keys.
+  // bits[k]: bit n is set iff queries[n] sees keys[k]. At most 32 queries, in rising order; any
+  // order of keys.
   void lane_bits(std::span<const std::int64_t> queries, std::span<const std::int64_t> keys,
                  std::uint32_t* bits) const;
   [[nodiscard]] bool is_full() const { return node_ == nullptr; }
@@ -57,8 +60,9 @@ class Mask {
 };
 
 // Asked once per query head with global lengths; num_reps = num_heads / num_kv_heads.
-using MaskBuilder = std::function<Mask(std::int64_t q_len, std::int64_t kv_len, std::int64_t num_heads,
-                                       std::int64_t head, std::int64_t num_reps)>;
+using MaskBuilder =
+    std::function<Mask(std::int64_t q_len, std::int64_t kv_len, std::int64_t num_heads,
+                       std::int64_t head, std::int64_t num_reps)>;
 
 }  // namespace v1
 }  // namespace annulus

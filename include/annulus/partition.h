@@ -1,5 +1,5 @@
-// Who owns which tokens. A partition maps (rank, world_size, seq_len) to positions; nothing else in Annulus knows one
-// partition from another.
+// Who owns which tokens. A partition maps (rank, world_size, seq_len) to positions; nothing else in
+// Annulus knows one partition from another.
 #pragma once
 
 #include <cstdint>

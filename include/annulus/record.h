@@ -1,5 +1,5 @@
-// What happened during a call, for pictures and traces. Recording costs two clock reads per event; without a Recorder
-// nothing is recorded.
+// What happened during a call, for pictures and traces. Recording costs two clock reads per event;
+// without a Recorder nothing is recorded.
 #pragma once
 
 #include <cstdint>
@@ -15,12 +15,13 @@ enum class EventKind : std::uint8_t { kPlan, kPack, kSend, kWait, kCompute, kSki
 
 std::string_view name(EventKind kind);  // "plan", "pack", ...
 
-// One thing one worker did. Times are nanoseconds of one steady clock shared by all workers of the process.
+// One thing one worker did. Times are nanoseconds of one steady clock shared by all workers of the
+// process.
 struct Event {
   EventKind kind = EventKind::kCompute;
   int rank = 0;
-  int step = -1;         // of the ring; -1 outside
-  int peer = -1;         // kSend: to whom; kWait: from whom; kCompute, kSkip: whose keys
+  int step = -1;  // of the ring; -1 outside
+  int peer = -1;  // kSend: to whom; kWait: from whom; kCompute, kSkip: whose keys
   std::int64_t begin_ns = 0;
   std::int64_t end_ns = 0;
   std::int64_t bytes = 0;  // kSend, kWait

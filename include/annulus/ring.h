@@ -1,5 +1,6 @@
-// Ring attention: exact attention over sequences dealt to several workers. Each worker keeps its queries; blocks of
-// keys and values travel round the ring until everyone who can see them has used them.
+// Ring attention: exact attention over sequences dealt to several workers. Each worker keeps its
+// queries; blocks of keys and values travel round the ring until everyone who can see them has used
+// them.
 #pragma once
 
 #include <cstdint>
@@ -13,39 +14,42 @@
 namespace annulus {
 inline namespace v1 {
 
-// How blocks travel. kRing: one way round. kLinear: both ways along a line, the wrap-around link is not used.
+// How blocks travel. kRing: one way round. kLinear: both ways along a line, the wrap-around link is
+// not used.
 enum class Topology : std::uint8_t { kRing, kLinear };
 
 struct RingOptions {
   AttentionOptions attention{};
-  Partition partition{};                  // of the queries, and of the keys unless kv_partition is given
+  Partition partition{};  // of the queries, and of the keys unless kv_partition is given
   std::optional<Partition> kv_partition{};
   Topology topology = Topology::kRing;
-  WorkerOptions workers{};                // the global form only
+  WorkerOptions workers{};  // the global form only
 };
 
-// SPMD form: every rank passes its shard. Row t of the shard is the rank's t-th token in the order of
-// Partition::ranges(). q_segment_ids and kv_segment_ids are the shard's rows; attention_mask and bias hold its own
-// query rows by all kv columns in position order; kv_lengths are global. Shapes as in attention(), with local lengths.
-// Causal alignment refers to the global lengths. Throws the same error on every rank, before anything is written.
-CallSummary ring_attention(Communicator& comm, const TensorView& q, const TensorView& k, const TensorView& v,
-                           const MutableTensorView& out, const MutableTensorView& lse,
-                           const RingOptions& options = {});
+// SPMD form: every rank passes its shard. Row t of the shard is the rank's t-th token in the order
+// of Partition::ranges(). q_segment_ids and kv_segment_ids are the shard's rows; attention_mask and
+// bias hold its own query rows by all kv columns in position order; kv_lengths are global. Shapes
+// as in attention(), with local lengths. Causal alignment refers to the global lengths. Throws the
+// same error on every rank, before anything is written.
+CallSummary ring_attention(Communicator& comm, const TensorView& q, const TensorView& k,
+                           const TensorView& v, const MutableTensorView& out,
+                           const MutableTensorView& lse, const RingOptions& options = {});
 
-// Global form: whole tensors, dealt to `workers` threads of this process, which read and write them in place. Returns
-// every rank's summary.
-std::vector<CallSummary> ring_attention(int workers, const TensorView& q, const TensorView& k, const TensorView& v,
-                                        const MutableTensorView& out, const MutableTensorView& lse,
+// Global form: whole tensors, dealt to `workers` threads of this process, which read and write them
+// in place. Returns every rank's summary.
+std::vector<CallSummary> ring_attention(int workers, const TensorView& q, const TensorView& k,
+                                        const TensorView& v, const MutableTensorView& out,
+                                        const MutableTensorView& lse,
                                         const RingOptions& options = {});
 
 // One rank in one ring step: whose keys are here, what they cost, where they go next.
 struct PlannedStep {
   int rank = 0;
   int step = 0;
-  int owner = -1;             // whose keys; -1: none here
-  std::int64_t pairs = 0;     // visible pairs of this rank's queries and these keys; 0: not computed
-  int send_to = -1;           // -1: nobody downstream needs them
-  std::int64_t bytes = 0;     // sent
+  int owner = -1;          // whose keys; -1: none here
+  std::int64_t pairs = 0;  // visible pairs of this rank's queries and these keys; 0: not computed
+  int send_to = -1;        // -1: nobody downstream needs them
+  std::int64_t bytes = 0;  // sent
 };
 
 // What a call will do, found without computing anything.
@@ -53,28 +57,30 @@ struct Plan {
   std::string target;
   std::string arithmetic;
   bool bf16_probabilities = false;  // probabilities are rounded to bfloat16 before they multiply v
-  std::string mask;                        // in words
-  std::vector<std::string> notes;          // copies made, ways refused, with reasons
+  std::string mask;                 // in words
+  std::vector<std::string> notes;   // copies made, ways refused, with reasons
   int workers = 1;
   int threads_per_worker = 1;
   std::string partition;
-  std::vector<std::int64_t> q_rows;        // per rank
+  std::vector<std::int64_t> q_rows;  // per rank
   std::vector<std::int64_t> kv_rows;
   std::vector<PlannedStep> steps;
   std::int64_t pairs_visible = 0;
-  std::int64_t pairs_total = 0;            // batch * num_heads * q_len * kv_len
+  std::int64_t pairs_total = 0;  // batch * num_heads * q_len * kv_len
   double flops = 0;
   std::vector<std::int64_t> bytes_sent_per_rank;
-  std::int64_t strip_rows = 0;             // rows of queries that share a tile
+  std::int64_t strip_rows = 0;  // rows of queries that share a tile
   std::int64_t tile_keys = 0;
   std::int64_t panel_keys = 0;
   std::int64_t item_rows = 0;
-  std::int64_t peak_bytes = 0;             // allocated by the call at its peak, the caller's tensors not counted
+  std::int64_t peak_bytes =
+      0;  // allocated by the call at its peak, the caller's tensors not counted
 };
 
-// The plan of the global form; q, k, v need valid shapes, their data is not read (masks, segment ids and lengths are).
-Plan explain(int workers, const TensorView& q, const TensorView& k, const TensorView& v, DType out_dtype,
-             const RingOptions& options = {});
+// The plan of the global form; q, k, v need valid shapes, their data is not read (masks, segment
+// ids and lengths are).
+Plan explain(int workers, const TensorView& q, const TensorView& k, const TensorView& v,
+             DType out_dtype, const RingOptions& options = {});
 
 }  // namespace v1
 }  // namespace annulus

@@ -1,5 +1,5 @@
-// Strided views of tensors. Annulus owns no tensor of the caller's: it reads and writes through these views, so every
-// layout is a choice of strides and nothing is copied to change one.
+// Strided views of tensors. Annulus owns no tensor of the caller's: it reads and writes through
+// these views, so every layout is a choice of strides and nothing is copied to change one.
 #pragma once
 
 #include <array>
@@ -10,13 +10,22 @@
 namespace annulus {
 inline namespace v1 {
 
-enum class DType : std::uint8_t { kFloat32, kBFloat16, kFloat16, kInt64, kInt32, kInt8, kUInt8, kBool };
+enum class DType : std::uint8_t {
+  kFloat32,
+  kBFloat16,
+  kFloat16,
+  kInt64,
+  kInt32,
+  kInt8,
+  kUInt8,
+  kBool
+};
 
 std::int64_t size_bytes(DType dtype);
 std::string_view name(DType dtype);  // "float32", "bfloat16", ...
 
-// Four logical axes; axes a tensor does not have are 1 long. Strides count elements and may be zero (broadcast) in
-// inputs. The meaning of the axes:
+// Four logical axes; axes a tensor does not have are 1 long. Strides count elements and may be zero
+// (broadcast) in inputs. The meaning of the axes:
 //
 //   q, k, v, out                [batch, seq, heads, dim]
 //   lse                         [batch, seq, heads, 1]
@@ -30,7 +39,8 @@ struct TensorView {
   std::array<std::int64_t, 4> strides{};
 
   [[nodiscard]] explicit operator bool() const { return data != nullptr; }
-  [[nodiscard]] const std::byte* at(std::int64_t a, std::int64_t b, std::int64_t c, std::int64_t d) const {
+  [[nodiscard]] const std::byte* at(std::int64_t a, std::int64_t b, std::int64_t c,
+                                    std::int64_t d) const {
     return static_cast<const std::byte*>(data) +
            (a * strides[0] + b * strides[1] + c * strides[2] + d * strides[3]) * size_bytes(dtype);
   }
@@ -44,18 +54,22 @@ struct MutableTensorView {
   std::array<std::int64_t, 4> strides{};
 
   [[nodiscard]] explicit operator bool() const { return data != nullptr; }
-  [[nodiscard]] std::byte* at(std::int64_t a, std::int64_t b, std::int64_t c, std::int64_t d) const {
+  [[nodiscard]] std::byte* at(std::int64_t a, std::int64_t b, std::int64_t c,
+                              std::int64_t d) const {
     return static_cast<std::byte*>(data) +
            (a * strides[0] + b * strides[1] + c * strides[2] + d * strides[3]) * size_bytes(dtype);
   }
-  [[nodiscard]] operator TensorView() const { return {data, dtype, shape, strides}; }  // NOLINT: a view decays
+  [[nodiscard]] operator TensorView() const {
+    return {data, dtype, shape, strides};
+  }  // NOLINT: a view decays
 };
 
 // Memory order of a dense q, k, v or out, outermost axis first; b batch, s seq, h heads, d dim.
 enum class Layout : std::uint8_t { kBshd, kBhsd, kBhds };
 
 // Strides of a dense tensor with logical shape [batch, seq, heads, dim] stored in `layout`.
-std::array<std::int64_t, 4> dense_strides(const std::array<std::int64_t, 4>& shape, Layout layout = Layout::kBshd);
+std::array<std::int64_t, 4> dense_strides(const std::array<std::int64_t, 4>& shape,
+                                          Layout layout = Layout::kBshd);
 
 // Row-major strides, the last axis fastest, whatever the axes mean.
 std::array<std::int64_t, 4> row_major_strides(const std::array<std::int64_t, 4>& shape);

@@ -1,5 +1,6 @@
-// Ranks as threads of one process. Messages are hand-overs of parcels under one mutex: blocks are large and few, so
-// the lock is never contended for long. All waits share one condition, one deadline rule and one way to fail.
+// Ranks as threads of one process. Messages are hand-overs of parcels under one mutex: blocks are
+// large and few, so the lock is never contended for long. All waits share one condition, one
+// deadline rule and one way to fail.
 
 #include <chrono>
 #include <condition_variable>
@@ -61,12 +62,14 @@ class World {
     Message message = std::move(box.front());
     box.pop_front();
     const Tag& got = message.tag;
-    if (got.call != want.call || got.step != want.step || got.owner != want.owner || got.bytes != want.bytes ||
+    if (got.call != want.call || got.step != want.step || got.owner != want.owner ||
+        got.bytes != want.bytes ||
         static_cast<std::int64_t>(message.parcel.bytes.size()) != want.bytes) {
       throw CommError(ErrorCode::kPeerMismatch,
-                      concat("ring: rank ", rank, " expected call ", want.call, " step ", want.step, " block ", want.owner,
-                             " of ", want.bytes, " bytes from rank ", from, ", found call ", got.call, " step ", got.step,
-                             " block ", got.owner, " of ", message.parcel.bytes.size(), " bytes"),
+                      concat("ring: rank ", rank, " expected call ", want.call, " step ", want.step,
+                             " block ", want.owner, " of ", want.bytes, " bytes from rank ", from,
+                             ", found call ", got.call, " step ", got.step, " block ", got.owner,
+                             " of ", message.parcel.bytes.size(), " bytes"),
                       from, "make the same calls in the same order on every rank");
     }
     return std::move(message.parcel);
@@ -81,7 +84,8 @@ class World {
     gathering_.arrived += 1;
     here_.resize(ranks_.size());
     here_[static_cast<std::size_t>(rank)] = true;
-    if (gathering_.arrived == size()) gathering_.left = size(), gathering_.arrived = 0, here_.assign(ranks_.size(), false);
+    if (gathering_.arrived == size())
+      gathering_.left = size(), gathering_.arrived = 0, here_.assign(ranks_.size(), false);
     moved_.notify_all();
     wait(lock, rank, -1, "gather", [&] { return gathering_.left > 0; });
     auto parts = gathering_.parts;
@@ -127,10 +131,11 @@ class World {
     if (error_) std::rethrow_exception(error_);
   }
 
-  // Waits for `ready`. `from` is the rank waited for, -1 for everybody. Looks up every 50 ms: for a stop, and whether
-  // the chain of waits ends at a rank that has been silent for the whole timeout.
+  // Waits for `ready`. `from` is the rank waited for, -1 for everybody. Looks up every 50 ms: for a
+  // stop, and whether the chain of waits ends at a rank that has been silent for the whole timeout.
   template <class Ready>
-  void wait(std::unique_lock<std::mutex>& lock, int rank, int from, const std::string& phase, Ready ready) {
+  void wait(std::unique_lock<std::mutex>& lock, int rank, int from, const std::string& phase,
+            Ready ready) {
     RankState& me = ranks_[static_cast<std::size_t>(rank)];
     throw_if_failed();
     me.waits_for = from, me.phase = phase, me.last_progress = Clock::now();
@@ -147,8 +152,8 @@ class World {
     return std::chrono::duration<double>(Clock::now() - time).count();
   }
 
-  // Follows who waits for whom from `rank` to the end; throws if the rank there has not moved for the timeout. Slow is
-  // not dead: a rank that made progress ends the search and the wait goes on.
+  // Follows who waits for whom from `rank` to the end; throws if the rank there has not moved for
+  // the timeout. Slow is not dead: a rank that made progress ends the search and the wait goes on.
   void blame(int rank) {
     std::string chain = concat("rank ", rank);
     int at = rank;
@@ -161,10 +166,12 @@ class World {
     const RankState& state = ranks_[static_cast<std::size_t>(at)];
     const bool returned = state.phase == "returned";
     if (!returned && seconds_since(state.last_progress) <= options_.timeout_s) return;
-    throw CommError(ErrorCode::kPeerTimeout,
-                    concat("ring: rank ", at, returned ? " has left without taking part" : " is silent", " in phase '",
-                           state.phase, "' for ", seconds_since(state.last_progress), " s (", chain, ")"),
-                    at, "look at that rank; a larger timeout helps only if it is slow, not stuck");
+    throw CommError(
+        ErrorCode::kPeerTimeout,
+        concat("ring: rank ", at, returned ? " has left without taking part" : " is silent",
+               " in phase '", state.phase, "' for ", seconds_since(state.last_progress), " s (",
+               chain, ")"),
+        at, "look at that rank; a larger timeout helps only if it is slow, not stuck");
   }
 
   int culprit_of(int rank) const {
@@ -193,7 +200,9 @@ class ThreadCommunicator final : public Communicator {
   ThreadCommunicator(World& world, int rank) : world_(world), rank_(rank) {}
   [[nodiscard]] int rank() const override { return rank_; }
   [[nodiscard]] int world_size() const override { return world_.size(); }
-  void send(int to, const Tag& tag, Parcel parcel) override { world_.send(rank_, to, tag, std::move(parcel)); }
+  void send(int to, const Tag& tag, Parcel parcel) override {
+    world_.send(rank_, to, tag, std::move(parcel));
+  }
   Parcel receive(int from, const Tag& tag) override { return world_.receive(rank_, from, tag); }
   std::vector<Parcel> all_gather(std::vector<std::byte> mine) override {
     return world_.all_gather(rank_, std::move(mine));
@@ -212,9 +221,11 @@ class ThreadCommunicator final : public Communicator {
 
 inline namespace v1 {
 
-void run_workers(int world_size, const std::function<void(Communicator&)>& body, const WorkerOptions& options) {
+void run_workers(int world_size, const std::function<void(Communicator&)>& body,
+                 const WorkerOptions& options) {
   if (world_size < 1) fail("run_workers", "world_size is ", world_size, ", expected at least 1");
-  if (!(options.timeout_s > 0)) fail("run_workers", "timeout_s is ", options.timeout_s, ", expected a positive number");
+  if (!(options.timeout_s > 0))
+    fail("run_workers", "timeout_s is ", options.timeout_s, ", expected a positive number");
   World world(world_size, options);
   const auto run_rank = [&](int rank) {
     ThreadCommunicator comm(world, rank);
@@ -230,8 +241,8 @@ void run_workers(int world_size, const std::function<void(Communicator&)>& body,
     try {
       for (int rank = 1; rank < world_size; ++rank) threads.emplace_back(run_rank, rank);
     } catch (...) {  // no more threads: those that run must not wait for the rest
-      world.abort(std::make_exception_ptr(
-          OutOfMemory(concat("run_workers: the system grants no thread for rank ", threads.size() + 1))));
+      world.abort(std::make_exception_ptr(OutOfMemory(
+          concat("run_workers: the system grants no thread for rank ", threads.size() + 1))));
     }
     run_rank(0);
   }

@@ -259,7 +259,7 @@ void expect_exact_cover(const Ring& ring, const std::vector<std::vector<bool>>& 
 int any_world_size() { return static_cast<int>(pick(0, 39) == 39 ? 64 : pick(1, 16)); }
 
 TEST(RingSchedule, CoversEachVisiblePairOnce) {
-  ASSERT_TRUE(holds(4000, [] {
+  ASSERT_TRUE(holds(3000, [] {
     const int world_size = any_world_size();
     const Scene scene = *rc::gen::exec([] {
       const std::int64_t most = pick(0, 9) == 9 ? 200 : 60;

@@ -9,8 +9,8 @@
 
 namespace annulus {
 
-// In rising order of position, so that a run of neighbours here covers a narrow interval of positions and the lanes of
-// a tile are sorted.
+// In rising order of position, so that a run of neighbours here covers a narrow interval of
+// positions and the lanes of a tile are sorted.
 struct Rows {
   std::vector<std::int64_t> position;
   std::vector<std::int64_t> row;

@@ -1,6 +1,7 @@
-// bfloat16 products by vdpbf16ps. Highway 1.0.3 has no target with them, so this file compiles the forward for AVX-512
-// plus that one instruction. Attributes, not compiler flags, choose the instructions: nothing outside the marked region
-// can be compiled for them and end up in another object's place.
+// bfloat16 products by vdpbf16ps. Highway 1.0.3 has no target with them, so this file compiles the
+// forward for AVX-512 plus that one instruction. Attributes, not compiler flags, choose the
+// instructions: nothing outside the marked region can be compiled for them and end up in another
+// object's place.
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/avx512_bf16.cc"
@@ -22,8 +23,11 @@ namespace annulus {
 namespace HWY_NAMESPACE {
 namespace {
 
-// P is rounded to bf16 half up: add half an ulp to the bits and cut, one addition on a pipe that products leave idle.
-HWY_INLINE hn::VFromD<U> RoundedBits(V p) { return hn::Add(hn::BitCast(kU, p), hn::Set(kU, 0x8000U)); }
+// P is rounded to bf16 half up: add half an ulp to the bits and cut, one addition on a pipe that
+// products leave idle.
+HWY_INLINE hn::VFromD<U> RoundedBits(V p) {
+  return hn::Add(hn::BitCast(kU, p), hn::Set(kU, 0x8000U));
+}
 
 struct BFloat16 {
   // Degree 4, not 3: the bias of degree 3 (8.6e-5) would show in lse, which callers merge.
@@ -31,7 +35,8 @@ struct BFloat16 {
   static constexpr bool kRoundsP = true;
   static HWY_INLINE V Ones() { return hn::BitCast(kF, hn::Set(kU, 0x3f803f80U)); }
   static HWY_INLINE V Dot(V acc, V a, V b) {
-    return V{_mm512_dpbf16_ps(acc.raw, reinterpret_cast<__m512bh>(a.raw), reinterpret_cast<__m512bh>(b.raw))};
+    return V{_mm512_dpbf16_ps(acc.raw, reinterpret_cast<__m512bh>(a.raw),
+                              reinterpret_cast<__m512bh>(b.raw))};
   }
   // A pair of keys shares a 32-bit lane: the even key below, the odd one above.
   static HWY_INLINE void StorePair(V e0, V e1, char* p, std::int64_t /*key_bytes*/) {
@@ -51,13 +56,15 @@ struct BFloat16 {
   static HWY_INLINE V Rounded(V p) {
     return hn::BitCast(kF, hn::And(RoundedBits(p), hn::Set(kU, 0xFFFF0000U)));
   }
-  static HWY_INLINE float Value(const char* v, std::int64_t key, std::int64_t d, std::int64_t step_bytes) {
+  static HWY_INLINE float Value(const char* v, std::int64_t key, std::int64_t d,
+                                std::int64_t step_bytes) {
     std::uint16_t bits;
     memcpy(&bits, v + key / 2 * step_bytes + d * 4 + key % 2 * 2, 2);
     return bf16_to_float(bits);
   }
 
-  static void PackRow(char* out, const void* row, const RowSource& source, std::int64_t n, std::int64_t padded) {
+  static void PackRow(char* out, const void* row, const RowSource& source, std::int64_t n,
+                      std::int64_t padded) {
     if (row == nullptr) n = 0;
     if (source.dim_stride_bytes == 2) {
       if (n > 0) memcpy(out, row, static_cast<std::size_t>(n) * 2);
@@ -69,8 +76,8 @@ struct BFloat16 {
   }
 
   // [key / 2][d][2]. Pieces of the rows go through the stack, so that any stride is one case.
-  static void PackValues(char* out, const void* const* rows, int keys, const RowSource& source, std::int64_t n,
-                         std::int64_t padded) {
+  static void PackValues(char* out, const void* const* rows, int keys, const RowSource& source,
+                         std::int64_t n, std::int64_t padded) {
     constexpr std::int64_t kPiece = 256;
     const hn::CappedTag<std::uint16_t, 8> d;
     for (int r = 0; r < keys; r += 2) {
@@ -80,8 +87,9 @@ struct BFloat16 {
         const std::int64_t have = n - x < width ? (n > x ? n - x : 0) : width;
         for (int i = 0; i < 2; ++i) {
           const char* row = static_cast<const char*>(rows[r + i]);
-          PackRow(reinterpret_cast<char*>(piece[i]), row == nullptr ? nullptr : row + x * source.dim_stride_bytes, source,
-                  have, width);
+          PackRow(reinterpret_cast<char*>(piece[i]),
+                  row == nullptr ? nullptr : row + x * source.dim_stride_bytes, source, have,
+                  width);
         }
         auto* to = reinterpret_cast<std::uint16_t*>(out + (r / 2 * padded + x) * 4);
         for (std::int64_t y = 0; y < width; y += 8) {
@@ -98,7 +106,8 @@ struct BFloat16 {
     __mmask32 bad = 0;
     std::int64_t x = 0;
     for (; x + 16 <= words; x += 16) {
-      bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(v + x * 4), exponent), exponent);
+      bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(v + x * 4), exponent),
+                                     exponent);
     }
     bool any = bad != 0;
     const auto* p = reinterpret_cast<const std::uint16_t*>(v);
@@ -110,8 +119,9 @@ struct BFloat16 {
 }  // namespace
 
 const ForwardKernel* BFloat16Entry() {
-  static constexpr ForwardKernel kKernel =
-      MakeKernel<BFloat16>("avx512_bf16", "bfloat16 products and probabilities, float32 accumulation", Element::kBFloat16);
+  static constexpr ForwardKernel kKernel = MakeKernel<BFloat16>(
+      "avx512_bf16", "bfloat16 products and probabilities, float32 accumulation",
+      Element::kBFloat16);
   return &kKernel;
 }
 

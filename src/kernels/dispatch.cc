@@ -35,27 +35,34 @@ constexpr const char* kSimulated = "amx_simulated";  // for tests: by name only,
 
 #if HWY_ARCH_X86
 const Entry kEntries[] = {
-    {"scalar", always, any_dtype, [] { return vector_forward("scalar"); }, "plain C++, for comparison"},
-    {"ssse3", highway_has<HWY_SSSE3>, any_dtype, [] { return vector_forward("ssse3"); }, "float32 products, 4 lanes"},
-    {"sse4", highway_has<HWY_SSE4>, any_dtype, [] { return vector_forward("sse4"); }, "float32 products, 4 lanes"},
-    {"avx2", highway_has<HWY_AVX2>, any_dtype, [] { return vector_forward("avx2"); }, "float32 products, 8 lanes"},
-    {"avx512", highway_has<HWY_AVX3>, any_dtype, [] { return vector_forward("avx512"); }, "float32 products, 16 lanes"},
-    {"avx512_bf16", [] { return highway_has<HWY_AVX3>() && cpu_features().avx512_bf16; }, bfloat16_only,
-     avx512_bf16_forward, "bfloat16 dot products"},
-    {kSimulated, highway_has<HWY_AVX3>, bfloat16_only, amx_simulated_forward, "the AMX kernel on simulated tiles"},
-    {"amx", [] { return highway_has<HWY_AVX3>() && cpu_features().amx_bf16; }, bfloat16_only, amx_bf16_forward,
-     "bfloat16 tile products"},
+    {"scalar", always, any_dtype, [] { return vector_forward("scalar"); },
+     "plain C++, for comparison"},
+    {"ssse3", highway_has<HWY_SSSE3>, any_dtype, [] { return vector_forward("ssse3"); },
+     "float32 products, 4 lanes"},
+    {"sse4", highway_has<HWY_SSE4>, any_dtype, [] { return vector_forward("sse4"); },
+     "float32 products, 4 lanes"},
+    {"avx2", highway_has<HWY_AVX2>, any_dtype, [] { return vector_forward("avx2"); },
+     "float32 products, 8 lanes"},
+    {"avx512", highway_has<HWY_AVX3>, any_dtype, [] { return vector_forward("avx512"); },
+     "float32 products, 16 lanes"},
+    {"avx512_bf16", [] { return highway_has<HWY_AVX3>() && cpu_features().avx512_bf16; },
+     bfloat16_only, avx512_bf16_forward, "bfloat16 dot products"},
+    {kSimulated, highway_has<HWY_AVX3>, bfloat16_only, amx_simulated_forward,
+     "the AMX kernel on simulated tiles"},
+    {"amx", [] { return highway_has<HWY_AVX3>() && cpu_features().amx_bf16; }, bfloat16_only,
+     amx_bf16_forward, "bfloat16 tile products"},
 };
 #else
 const Entry kEntries[] = {
-    {"scalar", always, any_dtype, [] { return vector_forward("scalar"); }, "plain C++, for comparison"},
-    {"simd", [] { return vector_forward("simd") != nullptr; }, any_dtype, [] { return vector_forward("simd"); },
-     "float32 products, 4 lanes"},
+    {"scalar", always, any_dtype, [] { return vector_forward("scalar"); },
+     "plain C++, for comparison"},
+    {"simd", [] { return vector_forward("simd") != nullptr; }, any_dtype,
+     [] { return vector_forward("simd"); }, "float32 products, 4 lanes"},
 };
 #endif
 
-// The dot-product instruction halves the rate of float32 products on Intel's cores and doubles it on AMD's: there it is
-// chosen by itself, elsewhere by name only.
+// The dot-product instruction halves the rate of float32 products on Intel's cores and doubles it
+// on AMD's: there it is chosen by itself, elsewhere by name only.
 bool chosen_by_itself(const Entry& entry) {
   const std::string name = entry.name;
   return name != kSimulated && (name != "avx512_bf16" || cpu_features().vendor == "AuthenticAMD");
@@ -63,12 +70,14 @@ bool chosen_by_itself(const Entry& entry) {
 
 std::string known_names() {
   std::string names;
-  for (const Entry& entry : kEntries) names += (names.empty() ? "" : ", ") + std::string(entry.name);
+  for (const Entry& entry : kEntries)
+    names += (names.empty() ? "" : ", ") + std::string(entry.name);
   return names;
 }
 
 const Entry* find_entry(const std::string& name) {
-  const auto* entry = std::find_if(std::begin(kEntries), std::end(kEntries), [&](const Entry& e) { return e.name == name; });
+  const auto* entry = std::find_if(std::begin(kEntries), std::end(kEntries),
+                                   [&](const Entry& e) { return e.name == name; });
   return entry == std::end(kEntries) ? nullptr : entry;
 }
 
@@ -79,16 +88,19 @@ const Entry& choose(DType dtype, const std::string& isa) {
   if (!name.empty()) {
     limit = find_entry(name);
     const std::string fix = "use one of " + known_names();
-    if (limit == nullptr && isa.empty()) fail_with_fix<ConfigError>(fix, "environment", "ANNULUS_ISA is '", name, "', not a known target");
+    if (limit == nullptr && isa.empty())
+      fail_with_fix<ConfigError>(fix, "environment", "ANNULUS_ISA is '", name,
+                                 "', not a known target");
     if (limit == nullptr) fail_with_fix(fix, "isa", "'", name, "' is not a known target");
     if (!limit->available()) {
-      fail_with_fix<Unsupported>("run 'annulus doctor' for the targets of this CPU", "isa", "this CPU has no ", name,
-                                 " (", cpu_features().brand, ")");
+      fail_with_fix<Unsupported>("run 'annulus doctor' for the targets of this CPU", "isa",
+                                 "this CPU has no ", name, " (", cpu_features().brand, ")");
     }
   }
   for (const Entry* entry = limit;; --entry) {
     const bool wanted = entry == limit && !name.empty();
-    if (entry->available() && entry->takes(dtype) && (wanted || chosen_by_itself(*entry))) return *entry;
+    if (entry->available() && entry->takes(dtype) && (wanted || chosen_by_itself(*entry)))
+      return *entry;
     if (entry == std::begin(kEntries)) break;
   }
   fail("isa", "no kernel takes inputs of type ", annulus::name(dtype));
@@ -96,7 +108,9 @@ const Entry& choose(DType dtype, const std::string& isa) {
 
 }  // namespace
 
-const ForwardKernel& choose_forward(DType dtype, const std::string& isa) { return *choose(dtype, isa).forward(); }
+const ForwardKernel& choose_forward(DType dtype, const std::string& isa) {
+  return *choose(dtype, isa).forward();
+}
 
 inline namespace v1 {
 
@@ -105,7 +119,8 @@ std::vector<Target> targets() {
   for (const Entry& entry : kEntries) {
     if (entry.name == kSimulated) continue;
     const bool available = entry.available();
-    list.push_back({entry.name, available, available ? entry.use : "this CPU or its operating system lacks it"});
+    list.push_back({entry.name, available,
+                    available ? entry.use : "this CPU or its operating system lacks it"});
   }
   return list;
 }

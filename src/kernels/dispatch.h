@@ -8,11 +8,12 @@
 
 namespace annulus {
 
-// The entries of the translation units that have one each. Null where the build has none. Callable only on a CPU that
-// available() names.
+// The entries of the translation units that have one each. Null where the build has none. Callable
+// only on a CPU that available() names.
 const ForwardKernel* avx512_bf16_forward();
 const ForwardKernel* amx_bf16_forward();
-const ForwardKernel* amx_simulated_forward();  // the AMX kernel over tile operations in plain C++; needs AVX-512
+const ForwardKernel*
+amx_simulated_forward();  // the AMX kernel over tile operations in plain C++; needs AVX-512
 // float32 kernels by Highway target name ("avx2"); null if not compiled in.
 const ForwardKernel* vector_forward(const std::string& target);
 

@@ -1,412 +1,22 @@
-// The attention forward of one strip of queries against a panel of keys, written once and compiled per instruction
-// set. Lanes are queries: S^T = K Q^T and O^T += V^T P^T need no shuffles, sums and maxima are lane-wise, and P is born
-// in the form the second product reads.
-//
-// Includers define the target's attributes and, per arithmetic, a type A:
-//   Stored             element of K, Q, V and P in memory; kPer of them share a 32-bit lane
-//   kDegree            of the exponential's polynomial
-//   Dot(acc, a, b)     acc + a * b, summed over the kPer elements of a lane
-//   kRoundsP           P is stored with fewer bits than it is summed with
-//
-// Figures in comments are shares of peak on a Zen 5 core at 16K tokens, bf16, d = 128, unless they say otherwise.
+// The entries of the kernel table around StripPass: sizes, packing, starting, finishing.
 
 #include <math.h>
 #include <string.h>
 
 #include "hwy/highway.h"
 #include "kernels/kernel_table.h"
-#include "kernels/vector-inl.h"
+#include "kernels/strip_pass-inl.h"
 
 ANNULUS_PUSH_TARGET
 namespace annulus {
 namespace HWY_NAMESPACE {
 namespace {
 
-// A tile is kKeys keys x kVecs vectors of queries; its accumulators cover latency x pipes (12 for vdpbf16ps on Zen 5)
-// and leave room for operands: 8 x 2 of 32 registers, 4 x 3 of 16. More (8 x 3) spill beside the exponentials.
-#if HWY_TARGET <= HWY_AVX3
-constexpr int kKeys = 8, kVecs = 2;
-constexpr int kPeakAccumulators = 24;
-#elif HWY_TARGET != HWY_SCALAR
-constexpr int kKeys = 4, kVecs = 3;
-constexpr int kPeakAccumulators = 12;
-#else
-constexpr int kKeys = 4, kVecs = 4;
-constexpr int kPeakAccumulators = 12;
-#endif
-constexpr int kWidth = kVecs * kLanes;  // queries of a strip
-// Keys whose P waits for one product with V. Longer saves trips of O (1 point against 128), shorter keeps P in the L1.
-constexpr int kBlock = 256;
-// A raised reference leaves room for growth: p of the largest score is 2^-kRoom and may grow to 2^kGuard before the next
-// raise. Both are far inside float32 and bf16; weights are lost below 2^-86 of the largest.
-constexpr float kGuard = 40, kRoom = 40;
-constexpr float kLog2e = 1.44269504088896341F;
-constexpr double kLn2 = 0.693147180559945309;
-
-using Tile = V[kKeys][kVecs];
-
-template <class A>
-struct Sizes {
-  // A packed KV head: K by tiles [tile][k-step][key][kPer], V [key / kPer][d][kPer], one byte per tile: V not finite.
-  // Products then read both front to back at constant offsets; strides known at run time only would be loads again.
-  std::int64_t steps;     // k-steps of a score tile
-  std::int64_t v_rows;    // rows of O^T, padded to whole tiles
-  explicit Sizes(Dims dims)
-      : steps((dims.head_dim + A::kPer - 1) / A::kPer), v_rows((dims.v_head_dim + kKeys - 1) / kKeys * kKeys) {}
-  std::int64_t k_row_bytes() const { return steps * 4; }
-  std::int64_t v_step_bytes() const { return v_rows * 4; }  // kPer keys
-  std::int64_t k_bytes(std::int64_t keys) const { return PadKeys(keys) * k_row_bytes(); }
-  std::int64_t v_bytes(std::int64_t keys) const { return PadKeys(keys) / A::kPer * v_step_bytes(); }
-  static std::int64_t PadKeys(std::int64_t keys) { return (keys + kKeys - 1) / kKeys * kKeys; }
-};
-
-// Everything kept for kWidth queries while the keys pass by.
-struct Strip {
-  char* qt;       // Q^T [k-step][query][kPer]
-  float* o;       // O^T, unnormalised [v row][query]
-  float* m;       // reference in log2 units, an integer: rescaling is exact
-  float* l;       // sum of p, for lse
-  float* w;       // sum of p as it was stored, for out: the weights then add up to 1 whatever their rounding, and a row
-                  // that sees one key is that key's value exactly. Unused where storing does not round.
-  float* b;       // sum of p of the open block: l sums blocks, so its error grows as block + keys / block
-  float* guard;   // score above which the reference is raised; -inf: no reference yet
-  float* f;       // factor that O and l await; 1 unless a reference was raised in the open block
-
-  template <class A>
-  static Strip At(void* memory, const Sizes<A>& sizes) {
-    Strip z;
-    z.m = static_cast<float*>(memory);
-    z.l = z.m + kWidth, z.w = z.l + kWidth, z.b = z.w + kWidth, z.guard = z.b + kWidth, z.f = z.guard + kWidth;
-    z.o = z.f + kWidth;
-    z.qt = reinterpret_cast<char*>(z.o + sizes.v_rows * kWidth);
-    return z;
-  }
-};
-
-struct Scratch {
-  float* s[2];  // scores of the tile being exponentiated and of the one just multiplied [key][query]
-  char* p;      // P^T of the open block [key / kPer][query][kPer]
-};
-
-HWY_INLINE V At(const float* p, int c) { return hn::Load(kF, p + c * kLanes); }
-HWY_INLINE void Put(float* p, int c, V x) { hn::Store(x, kF, p + c * kLanes); }
-
-HWY_INLINE void Clear(Tile& acc) {
-  ANNULUS_UNROLL for (int r = 0; r < kKeys; ++r) ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) acc[r][c] = hn::Zero(kF);
-}
-
-// acc[r][c] += sum over k of a[k][r] * b[k][c]: kKeys words of a are neighbours, steps are k_stride bytes apart. The
-// broadcast is pinned in a register: folded into every product it would be loaded kVecs times, and loads are the limit
-// (79-84 % instead of 92).
-template <class A>
-HWY_INLINE void Multiply(Tile& acc, const char* a, std::int64_t k_stride, const char* b, std::int64_t steps) {
-  for (std::int64_t k = 0; k < steps; ++k, a += k_stride, b += kWidth * 4) {
-    V query[kVecs];
-    ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) query[c] = hn::Load(kF, reinterpret_cast<const float*>(b) + c * kLanes);
-    ANNULUS_UNROLL for (int r = 0; r < kKeys; ++r) {
-      const V x = PinnedBroadcast(a + r * 4);
-      ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) acc[r][c] = A::Dot(acc[r][c], query[c], x);
-    }
-  }
-}
-
-// One strip against one panel.
-template <class A>
-class StripPass {
- public:
-  static constexpr std::int64_t kKeyBytes = kWidth * 4 / A::kPer;  // of P, per key
-  static constexpr int kPairs = kKeys / 2 * kVecs;                 // exponentials of a tile are dealt out in pairs of keys
-
-  StripPass(const PanelCall& call, const StripWork& work, const Scratch& scratch)
-      : call_(call), work_(work), scratch_(scratch), sizes_(call.dims), z_(Strip::At(work.strip, sizes_)) {
-    const char* packed = static_cast<const char*>(call.packed);
-    k_ = packed + call.key_begin * sizes_.k_row_bytes();
-    v_ = packed + sizes_.k_bytes(call.num_keys) + call.key_begin / A::kPer * sizes_.v_step_bytes();
-    poisoned_ = reinterpret_cast<const std::uint8_t*>(packed) + sizes_.k_bytes(call.num_keys) +
-                sizes_.v_bytes(call.num_keys) + call.key_begin / kKeys;
-    // A negative scale would turn maxima into minima and zero times a hidden score is NaN; Transform() multiplies first.
-    plain_ = call.rule.cap == 0 && !call.rule.bias && call.rule.scale > 0;
-    scale_ = plain_ ? static_cast<float>(static_cast<double>(call.rule.scale) * (1 / kLn2)) : kLog2e;
-  }
-
-  void AimPrefetch(const char* k, const char* v, std::int64_t lines, std::int64_t per_slot) {
-    prefetch_k_ = k, prefetch_v_ = v, prefetch_lines_ = lines, prefetch_per_slot_ = per_slot;
-  }
-  std::int64_t prefetch_lines() const { return prefetch_lines_; }
-  const char* prefetch_k() const { return prefetch_k_; }
-  const char* prefetch_v() const { return prefetch_v_; }
-
-  // Runs of tiles that are neither empty nor poisoned share the pipeline.
-  void Run() {
-    const std::int64_t tiles = (call_.key_count + kKeys - 1) / kKeys;
-    for (std::int64_t t = 0; t < tiles;) {
-      if (work_.tile_class[t] == kTileEmpty) {
-        ++t;
-      } else if (Poisoned(t)) {
-        SelectingTile(t++);
-      } else {
-        const std::int64_t first = t;
-        while (t < tiles && work_.tile_class[t] != kTileEmpty && !Poisoned(t)) ++t;
-        RunTiles(first, t);
-      }
-    }
-  }
-
- private:
-  // A value that is not finite in a tile that some lane sees only in part: 0 * NaN would reach the others.
-  bool Poisoned(std::int64_t tile) const { return work_.tile_class[tile] == kTilePartial && poisoned_[tile] != 0; }
-
-  // Tiles t+1 (products) and t (exponentials) share one instruction stream; the product with V of a block follows the
-  // score products of the tile behind it.
-  HWY_NOINLINE void RunTiles(std::int64_t first, std::int64_t end) {
-    alignas(64) float top[kWidth];
-    float *now = scratch_.s[0], *before = scratch_.s[1];
-    std::int64_t block = first;
-    for (std::int64_t t = first; t < end; ++t) {
-      Tile acc;
-      Clear(acc);
-      const char* a = k_ + t * kKeys * sizes_.k_row_bytes();
-      if (t == first) {
-        Multiply<A>(acc, a, kKeys * 4, z_.qt, sizes_.steps);
-      } else {
-        MultiplyBesideExponentials(acc, a, before, scratch_.p + (t - 1 - block) * kKeys * kKeyBytes);
-      }
-      if (Scores(acc, t, now, top)) Raise(top, (t - block) * kKeys);
-      if ((t - block) * kKeys == kBlock) ProductWithV(block * kKeys, kBlock), block = t;
-      float* swap = now;
-      now = before, before = swap;
-    }
-    char* p = scratch_.p + (end - 1 - block) * kKeys * kKeyBytes;
-    for (int c = 0; c < kVecs; ++c) {
-      const V m = At(z_.m, c);
-      V sum = At(z_.b, c);
-      for (int u = 0; u < kKeys / 2; ++u) ExponentialPair(before, u, c, m, sum, p);
-      Put(z_.b, c, sum);
-    }
-    ProductWithV(block * kKeys, (end - block) * kKeys);
-  }
-
-  // Deals the exponentials of the tile before between the k-steps: they use the pipes that products leave idle, if the
-  // core's window reaches both (2 to 6 points). Without AVX-512's registers the accumulators would spill instead.
-  HWY_INLINE void MultiplyBesideExponentials(Tile& acc, const char* a, const float* before, char* p) {
-    V sum[kVecs], m[kVecs];
-    ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) sum[c] = At(z_.b, c), m[c] = At(z_.m, c);
-    const char* b = z_.qt;
-#if HWY_TARGET <= HWY_AVX3
-    const std::int64_t steps = sizes_.steps, per_pair = steps / kPairs;
-    for (int u = 0; u < kKeys / 2; ++u) {
-      ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) {
-        ExponentialPair(before, u, c, m[c], sum[c], p);
-        Prefetch();
-        Multiply<A>(acc, a, kKeys * 4, b, per_pair);
-        a += per_pair * kKeys * 4, b += per_pair * kWidth * 4;
-      }
-    }
-    Multiply<A>(acc, a, kKeys * 4, b, steps - per_pair * kPairs);
-#else
-    ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) {
-      for (int u = 0; u < kKeys / 2; ++u) ExponentialPair(before, u, c, m[c], sum[c], p), Prefetch();
-    }
-    Clear(acc);
-    Multiply<A>(acc, a, kKeys * 4, b, sizes_.steps);
-#endif
-    ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) Put(z_.b, c, sum[c]);
-  }
-
-  // p of one vector of queries and keys 2u, 2u + 1. Unrounded p are summed, in key order.
-  HWY_INLINE void ExponentialPair(const float* s, int u, int c, V m, V& sum, char* p) {
-    const V scale = hn::Set(kF, scale_);
-    const V e0 = Exp2<A::kDegree>(hn::MulSub(At(s + 2 * u * kWidth, c), scale, m));
-    const V e1 = Exp2<A::kDegree>(hn::MulSub(At(s + (2 * u + 1) * kWidth, c), scale, m));
-    sum = hn::Add(sum, hn::Add(e0, e1));
-    Pin(sum);  // now, not later: deferred sums spill
-    A::StorePair(e0, e1, p + 2 * u * kKeyBytes + c * kLanes * 4, kKeyBytes);
-  }
-
-  // Stores the tile's scores; everything that is not a product is done to them here. Hidden pairs become -inf by
-  // selection, so a NaN there goes no further. True if a lane's guard is topped; the lanes' maxima are then in top.
-  //
-  // The tile is never handed to a function by address: the compiler would keep all of it in memory.
-  HWY_INLINE bool Scores(Tile& acc, std::int64_t t, float* s, float* top) {
-    if (HWY_UNLIKELY(!plain_)) {
-      StoreTile(acc, s);
-      Transform(t, s);
-      LoadTile(acc, s);
-    }
-    if (HWY_UNLIKELY(work_.tile_class[t] == kTilePartial)) Hide(acc, work_.lane_bits + t * kKeys);
-    StoreTile(acc, s);
-    // A NaN is passed over: its lane is lost anyway. Maxima cost nothing, they run beside the products.
-    V highest[kVecs];
-    ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) {
-      highest[c] = acc[0][c];
-      ANNULUS_UNROLL for (int r = 1; r < kKeys; ++r) highest[c] = hn::Max(acc[r][c], highest[c]);
-    }
-    auto above = hn::Gt(highest[0], At(z_.guard, 0));
-    ANNULUS_UNROLL for (int c = 1; c < kVecs; ++c) above = hn::Or(above, hn::Gt(highest[c], At(z_.guard, c)));
-    if (HWY_LIKELY(hn::AllFalse(kF, above))) return false;
-    ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) Put(top, c, highest[c]);
-    return true;
-  }
-  static HWY_INLINE void StoreTile(const Tile& acc, float* s) {
-    ANNULUS_UNROLL for (int r = 0; r < kKeys; ++r) {
-      ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) Put(s + r * kWidth, c, acc[r][c]);
-    }
-  }
-  static HWY_INLINE void LoadTile(Tile& acc, const float* s) {
-    ANNULUS_UNROLL for (int r = 0; r < kKeys; ++r) {
-      ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) acc[r][c] = At(s + r * kWidth, c);
-    }
-  }
-  static HWY_INLINE void Hide(Tile& acc, const std::uint32_t* bits) {
-    const V hidden = hn::Set(kF, -INFINITY);
-    ANNULUS_UNROLL for (int r = 0; r < kKeys; ++r) {
-      ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) {
-        acc[r][c] = hn::IfThenElse(LaneMask(bits[r] >> (c * kLanes)), acc[r][c], hidden);
-      }
-    }
-  }
-  // Natural units: scale, soft cap, bias.
-  HWY_NOINLINE void Transform(std::int64_t t, float* s) {
-    const V scale = hn::Set(kF, call_.rule.scale), cap = hn::Set(kF, call_.rule.cap);
-    const V inverse_cap = hn::Set(kF, 1 / call_.rule.cap);
-    for (int i = 0; i < kKeys * kVecs; ++i) {
-      V x = hn::Mul(At(s, i), scale);
-      if (call_.rule.cap > 0) x = hn::Mul(cap, Tanh(hn::Mul(x, inverse_cap)));
-      if (call_.rule.bias) x = hn::Add(x, hn::LoadU(kF, work_.bias + t * kKeys * kWidth + i * kLanes));
-      Put(s, i, x);
-    }
-  }
-
-  // Raises the reference of the lanes whose guard is topped. P of the open block (n keys, not multiplied yet), its sum
-  // and the factor of O and l follow by a power of two: nothing is rounded or computed again, other lanes multiply by 1.
-  HWY_NOINLINE void Raise(const float* top, std::int64_t n) {
-    const V scale = hn::Set(kF, scale_), one = hn::Set(kF, 1);
-    // Finite even for a score of +inf, whose p is then inf, as the formula has it.
-    const V limit = hn::Set(kF, 0x1p126F);
-    for (int c = 0; c < kVecs; ++c) {
-      const V guard = At(z_.guard, c), m = At(z_.m, c);
-      const auto up = hn::Gt(At(top, c), guard), unset = hn::Eq(guard, hn::Set(kF, -INFINITY));
-      if (hn::AllFalse(kF, up)) continue;
-      const V ceiling = hn::Ceil(hn::Mul(At(top, c), scale));
-      V to = hn::IfThenElse(unset, ceiling, hn::Add(ceiling, hn::Set(kF, kRoom)));
-      to = hn::IfThenElse(up, hn::Min(to, limit), m);
-      const V factor = hn::IfThenElse(hn::And(up, unset), hn::Zero(kF), hn::IfThenElse(up, Exp2<3>(hn::Sub(m, to)), one));
-      Put(z_.m, c, to);
-      Put(z_.guard, c, hn::IfThenElse(up, hn::Div(hn::Add(to, hn::Set(kF, kGuard)), scale), guard));
-      Put(z_.f, c, hn::Mul(factor, At(z_.f, c)));
-      Put(z_.b, c, hn::Mul(factor, At(z_.b, c)));
-      char* p = scratch_.p + c * kLanes * 4;
-      for (std::int64_t j = 0; j < n / A::kPer; j += 2, p += 2 * kWidth * 4) {  // n / kPer is even: whole tiles
-        A::ScaleStored(p, factor), A::ScaleStored(p + kWidth * 4, factor);
-      }
-    }
-  }
-
-  // O^T = f O^T + V^T P^T over n keys from `key` on, and l likewise. Accumulators start from zero: loading O first would
-  // wait behind the stores of the tile before.
-  HWY_NOINLINE void ProductWithV(std::int64_t key, std::int64_t n) {
-    const char* v = v_ + key / A::kPer * sizes_.v_step_bytes();
-    V f[kVecs];
-    ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) f[c] = At(z_.f, c);
-    float* o = z_.o;
-    if constexpr (A::kRoundsP) AddWeights(n / A::kPer);
-    for (std::int64_t x = 0; x < sizes_.v_rows; x += kKeys, o += kKeys * kWidth) {
-      Tile acc;
-      Clear(acc);
-      Multiply<A>(acc, v + x * 4, sizes_.v_step_bytes(), scratch_.p, n / A::kPer);
-      ANNULUS_UNROLL for (int r = 0; r < kKeys; ++r) {
-        ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) {
-          Put(o + r * kWidth, c, hn::MulAdd(f[c], At(o + r * kWidth, c), acc[r][c]));
-        }
-      }
-    }
-    CloseBlock();
-  }
-  // w = f w + sum of the stored p: the product with a row of ones, 1 % of the block's work at d = 64.
-  HWY_INLINE void AddWeights(std::int64_t steps) {
-    const V one = A::Ones();
-    const float* p = reinterpret_cast<const float*>(scratch_.p);
-    V sum[2][kVecs];  // two chains each: the latency of a product is six cycles
-    ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) {
-      sum[0][c] = hn::Mul(At(z_.f, c), At(z_.w, c)), sum[1][c] = hn::Zero(kF);
-    }
-    for (std::int64_t k = 0; k < steps; k += 2, p += 2 * kWidth) {  // whole tiles: steps is even
-      ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) {
-        sum[0][c] = A::Dot(sum[0][c], At(p, c), one), sum[1][c] = A::Dot(sum[1][c], At(p + kWidth, c), one);
-      }
-    }
-    ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) Put(z_.w, c, hn::Add(sum[0][c], sum[1][c]));
-  }
-  HWY_INLINE void CloseBlock() {
-    for (int c = 0; c < kVecs; ++c) {
-      Put(z_.l, c, hn::MulAdd(At(z_.f, c), At(z_.l, c), At(z_.b, c)));
-      Put(z_.b, c, hn::Zero(kF));
-      Put(z_.f, c, hn::Set(kF, 1));
-    }
-  }
-
-  // A poisoned tile by itself: float32 p, each lane adds only the values it sees.
-  HWY_NOINLINE void SelectingTile(std::int64_t t) {
-    float* s = scratch_.s[0];
-    const std::uint32_t* bits = work_.lane_bits + t * kKeys;
-    Tile acc;
-    Clear(acc);
-    Multiply<A>(acc, k_ + t * kKeys * sizes_.k_row_bytes(), kKeys * 4, z_.qt, sizes_.steps);
-    alignas(64) float top[kWidth];
-    if (Scores(acc, t, s, top)) Raise(top, 0);
-    for (int c = 0; c < kVecs; ++c) {
-      V sum = hn::Zero(kF), weights = hn::Mul(At(z_.f, c), At(z_.w, c));
-      for (int r = 0; r < kKeys; ++r) {
-        const V x = hn::MulSub(At(s + r * kWidth, c), hn::Set(kF, scale_), At(z_.m, c));
-        const V e = Exp2<A::kDegree>(x);
-        sum = hn::Add(sum, e), weights = hn::Add(weights, A::Rounded(e));
-        Put(s + r * kWidth, c, A::Rounded(e));
-      }
-      Put(z_.b, c, sum), Put(z_.w, c, weights);
-      for (std::int64_t d = 0; d < sizes_.v_rows; ++d) {
-        V o = hn::Mul(At(z_.f, c), At(z_.o + d * kWidth, c));
-        for (int r = 0; r < kKeys; ++r) {
-          const V v = hn::Set(kF, A::Value(v_, t * kKeys + r, d, sizes_.v_step_bytes()));
-          o = hn::IfThenElse(LaneMask(bits[r] >> (c * kLanes)), hn::MulAdd(At(s + r * kWidth, c), v, o), o);
-        }
-        Put(z_.o + d * kWidth, c, o);
-      }
-    }
-    CloseBlock();
-  }
-
-  // The next panel on its way into the L2, a few lines behind each pair of exponentials: the largest single effect once
-  // K and V pass the L2 (3 points; 10 at d = 256).
-  HWY_INLINE void Prefetch() {
-    if (prefetch_lines_ <= 0) return;
-    for (std::int64_t i = 0; i < prefetch_per_slot_; ++i) {
-      PrefetchL2(prefetch_k_ + i * 64), PrefetchL2(prefetch_v_ + i * 64);
-    }
-    prefetch_k_ += prefetch_per_slot_ * 64, prefetch_v_ += prefetch_per_slot_ * 64;
-    prefetch_lines_ -= prefetch_per_slot_;
-  }
-
-  const PanelCall& call_;
-  const StripWork& work_;
-  const Scratch scratch_;
-  const Sizes<A> sizes_;
-  const Strip z_;
-  const char* k_;
-  const char* v_;
-  const std::uint8_t* poisoned_;
-  bool plain_;
-  float scale_;
-  const char* prefetch_k_ = nullptr;
-  const char* prefetch_v_ = nullptr;
-  std::int64_t prefetch_lines_ = 0, prefetch_per_slot_ = 0;
-};
-
-// ------------------------------------------------------------------------------------------------ the table's entries
-
 template <class A>
 Blocking BlockingOf(Dims dims) {
-  // Two panels of K and V and the item's Q^T and O^T share an L2 of 1 MB: bf16, d = 128: 512 + 288 KB. Wider rows take
-  // shorter panels; beyond 512 bytes more rows pay for the shorter panel's traffic.
+  // Two panels of K and V and the item's Q^T and O^T share an L2 of 1 MB: bf16, d = 128: 512 + 288
+  // KB. Wider rows take shorter panels; beyond 512 bytes more rows pay for the shorter panel's
+  // traffic.
   const std::int64_t widest = dims.head_dim > dims.v_head_dim ? dims.head_dim : dims.v_head_dim;
   const std::int64_t row_bytes = widest * 4 / A::kPer;
   return {row_bytes > 256 ? 256 : 512, row_bytes > 512 ? 768 : 384};
@@ -420,36 +30,43 @@ std::int64_t StripBytes(Dims dims) {
 
 template <class A>
 std::int64_t ScratchBytes(Dims dims) {
-  const std::int64_t rows = 2 * (Sizes<A>(dims).steps + Sizes<A>(dims).v_rows) * 4;  // pack()'s are the caller's stack
+  const std::int64_t rows =
+      2 * (Sizes<A>(dims).steps + Sizes<A>(dims).v_rows) * 4;  // pack()'s are the caller's stack
   return (2 * kKeys * kWidth + kBlock * kWidth / A::kPer) * 4 + rows + 256;
 }
 
 template <class A>
 std::int64_t PackedBytes(Dims dims, std::int64_t num_keys) {
   const Sizes<A> sizes(dims);
-  return (sizes.k_bytes(num_keys) + sizes.v_bytes(num_keys) + sizes.PadKeys(num_keys) / kKeys + 63) / 64 * 64;
+  return (sizes.k_bytes(num_keys) + sizes.v_bytes(num_keys) + sizes.PadKeys(num_keys) / kKeys +
+          63) /
+         64 * 64;
 }
 
-// Four rows of 32-bit words become [step][4] at `out`, `stride` words from step to step; null rows are zeros.
+// Four rows of 32-bit words become [step][4] at `out`, `stride` words from step to step; null rows
+// are zeros.
 template <class A>
-void TransposeRows(const void* const* rows, const RowSource& source, std::int64_t head_dim, std::int64_t steps,
-                   std::uint32_t* out, std::int64_t stride) {
-  for (std::int64_t x = 0; x < steps; x += kRowWords) {  // by pieces, so that any head_dim fits the stack
+void TransposeRows(const void* const* rows, const RowSource& source, std::int64_t head_dim,
+                   std::int64_t steps, std::uint32_t* out, std::int64_t stride) {
+  for (std::int64_t x = 0; x < steps;
+       x += kRowWords) {  // by pieces, so that any head_dim fits the stack
     alignas(64) std::uint32_t words[4][kRowWords];
     const std::int64_t piece = steps - x < kRowWords ? steps - x : kRowWords;
-    const std::int64_t left = head_dim - x * A::kPer, have = left < piece * A::kPer ? left : piece * A::kPer;
+    const std::int64_t left = head_dim - x * A::kPer,
+                       have = left < piece * A::kPer ? left : piece * A::kPer;
     for (int i = 0; i < 4; ++i) {
       const char* row = static_cast<const char*>(rows[i]);
-      A::PackRow(reinterpret_cast<char*>(words[i]), row == nullptr ? row : row + x * A::kPer * source.dim_stride_bytes,
-                 source, have, piece * A::kPer);
+      A::PackRow(reinterpret_cast<char*>(words[i]),
+                 row == nullptr ? row : row + x * A::kPer * source.dim_stride_bytes, source, have,
+                 piece * A::kPer);
     }
     TransposeIn(words, out + x * stride, stride, piece);
   }
 }
 
 template <class A>
-void PackKeys(void* packed, const RowSource& k, const RowSource& v, Dims dims, std::int64_t num_keys,
-              std::int64_t key_begin, std::int64_t key_end) {
+void PackKeys(void* packed, const RowSource& k, const RowSource& v, Dims dims,
+              std::int64_t num_keys, std::int64_t key_begin, std::int64_t key_end) {
   const Sizes<A> sizes(dims);
   char* k_out = static_cast<char*>(packed);
   char* v_out = k_out + sizes.k_bytes(num_keys);
@@ -458,10 +75,12 @@ void PackKeys(void* packed, const RowSource& k, const RowSource& v, Dims dims, s
     const void *k_rows[kKeys], *v_rows[kKeys];
     for (int r = 0; r < kKeys; ++r) {
       const bool real = tile + r < num_keys;
-      k_rows[r] = real ? RowAddress(k, tile + r) : nullptr, v_rows[r] = real ? RowAddress(v, tile + r) : nullptr;
+      k_rows[r] = real ? RowAddress(k, tile + r) : nullptr,
+      v_rows[r] = real ? RowAddress(v, tile + r) : nullptr;
     }
     auto* k_tile = reinterpret_cast<std::uint32_t*>(k_out + tile * sizes.k_row_bytes());
-    for (int r = 0; r < kKeys; r += 4) TransposeRows<A>(k_rows + r, k, dims.head_dim, sizes.steps, k_tile + r, kKeys);
+    for (int r = 0; r < kKeys; r += 4)
+      TransposeRows<A>(k_rows + r, k, dims.head_dim, sizes.steps, k_tile + r, kKeys);
     char* v_tile = v_out + tile / A::kPer * sizes.v_step_bytes();
     A::PackValues(v_tile, v_rows, kKeys, v, dims.v_head_dim, sizes.v_rows);
     poisoned[tile / kKeys] = A::AnyNotFinite(v_tile, kKeys / A::kPer * sizes.v_rows) ? 1 : 0;
@@ -469,18 +88,20 @@ void PackKeys(void* packed, const RowSource& k, const RowSource& v, Dims dims, s
 }
 
 template <class A>
-void StartStrip(void* memory, const void* const* rows, std::int64_t count, std::int64_t dim_stride_bytes,
-                Element element, Dims dims) {
+void StartStrip(void* memory, const void* const* rows, std::int64_t count,
+                std::int64_t dim_stride_bytes, Element element, Dims dims) {
   const Sizes<A> sizes(dims);
   const Strip z = Strip::At(memory, sizes);
   const RowSource source{nullptr, nullptr, 0, dim_stride_bytes, element};
   for (int n = 0; n < kWidth; n += 4) {
     const void* four[4];
     for (int i = 0; i < 4; ++i) four[i] = n + i < count ? rows[n + i] : nullptr;
-    TransposeRows<A>(four, source, dims.head_dim, sizes.steps, reinterpret_cast<std::uint32_t*>(z.qt) + n, kWidth);
+    TransposeRows<A>(four, source, dims.head_dim, sizes.steps,
+                     reinterpret_cast<std::uint32_t*>(z.qt) + n, kWidth);
   }
   memset(z.o, 0, static_cast<std::size_t>(sizes.v_rows * kWidth * 4));
-  for (int n = 0; n < kWidth; ++n) z.m[n] = 0, z.l[n] = 0, z.w[n] = 0, z.b[n] = 0, z.guard[n] = -INFINITY, z.f[n] = 1;
+  for (int n = 0; n < kWidth; ++n)
+    z.m[n] = 0, z.l[n] = 0, z.w[n] = 0, z.b[n] = 0, z.guard[n] = -INFINITY, z.f[n] = 1;
 }
 
 template <class A>
@@ -496,10 +117,12 @@ void RunPanel(const PanelCall& call) {
   if (call.next_begin >= 0) {
     const char* packed = static_cast<const char*>(call.packed);
     next_k = packed + call.next_begin * sizes.k_row_bytes();
-    next_v = packed + sizes.k_bytes(call.num_keys) + call.next_begin / A::kPer * sizes.v_step_bytes();
+    next_v =
+        packed + sizes.k_bytes(call.num_keys) + call.next_begin / A::kPer * sizes.v_step_bytes();
     const std::int64_t left = call.num_keys - call.next_begin;
     const std::int64_t keys = left < call.key_count ? left : call.key_count;
-    const std::int64_t k_lines = keys * sizes.k_row_bytes() / 64, v_lines = keys / A::kPer * sizes.v_step_bytes() / 64;
+    const std::int64_t k_lines = keys * sizes.k_row_bytes() / 64,
+                       v_lines = keys / A::kPer * sizes.v_step_bytes() / 64;
     lines = k_lines > v_lines ? k_lines : v_lines;
     const std::int64_t slots = call.key_count / kKeys * StripPass<A>::kPairs * call.strip_count;
     per_slot = lines / (slots > 0 ? slots : 1) + 1;
@@ -519,7 +142,8 @@ inline double LogAddExp(double a, double b) {
 }
 
 template <class A>
-void FinishStrip(const void* memory, const float* sinks, float* out, std::int64_t out_stride, float* lse, Dims dims) {
+void FinishStrip(const void* memory, const float* sinks, float* out, std::int64_t out_stride,
+                 float* lse, Dims dims) {
   const Sizes<A> sizes(dims);
   const Strip z = Strip::At(const_cast<void*>(memory), sizes);
   alignas(64) float factor[kWidth];
@@ -532,7 +156,8 @@ void FinishStrip(const void* memory, const float* sinks, float* out, std::int64_
       lse[n] = static_cast<float>(seen), factor[n] = 1 / weights;
     } else {
       const double total = LogAddExp(seen, static_cast<double>(sinks[n]));
-      lse[n] = static_cast<float>(total), factor[n] = static_cast<float>(exp(seen - total)) / weights;
+      lse[n] = static_cast<float>(total),
+      factor[n] = static_cast<float>(exp(seen - total)) / weights;
     }
   }
   TransposeOut(z.o, kWidth, factor, dims.v_head_dim, out, out_stride);
@@ -553,8 +178,9 @@ double PeakLoop(std::int64_t rounds) {
 
 template <class A>
 constexpr ForwardKernel MakeKernel(const char* target, const char* arithmetic, Element compute) {
-  return {target,         arithmetic,       compute,         kWidth,        kKeys,           BlockingOf<A>, StripBytes<A>,
-          ScratchBytes<A>, PackedBytes<A>, PackKeys<A>, StartStrip<A>, RunPanel<A>, FinishStrip<A>, PeakLoop<A>};
+  return {target,        arithmetic,    compute,         kWidth,         kKeys,
+          BlockingOf<A>, StripBytes<A>, ScratchBytes<A>, PackedBytes<A>, PackKeys<A>,
+          StartStrip<A>, RunPanel<A>,   FinishStrip<A>,  PeakLoop<A>};
 }
 
 }  // namespace

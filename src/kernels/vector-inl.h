@@ -1,5 +1,6 @@
-// The vocabulary of the kernels on one vector instruction set: what Highway 1.0.3 lacks or does otherwise than
-// attention needs. Compiled once per target; ANNULUS_PUSH_TARGET may add instructions to Highway's.
+// The vocabulary of the kernels on one vector instruction set: what Highway 1.0.3 lacks or does
+// otherwise than attention needs. Compiled once per target; ANNULUS_PUSH_TARGET may add
+// instructions to Highway's.
 
 #include <math.h>
 #include <stdint.h>
@@ -31,7 +32,8 @@ constexpr I kI;
 constexpr U kU;
 constexpr int kLanes = HWY_LANES(float);
 
-// Keeps a value in a register here and now: the compiler neither folds it into later instructions nor computes it later.
+// Keeps a value in a register here and now: the compiler neither folds it into later instructions
+// nor computes it later.
 HWY_INLINE void Pin(V& x) {
 #if HWY_ARCH_X86 && HWY_TARGET != HWY_EMU128 && HWY_TARGET != HWY_SCALAR
 #if HWY_TARGET <= HWY_AVX3
@@ -67,12 +69,14 @@ HWY_INLINE hn::Mask<F> LaneMask(std::uint32_t bits) {
   return hn::Mask<F>{static_cast<__mmask16>(bits)};
 #else
   std::uint8_t bytes[8] = {static_cast<std::uint8_t>(bits), static_cast<std::uint8_t>(bits >> 8),
-                           static_cast<std::uint8_t>(bits >> 16), static_cast<std::uint8_t>(bits >> 24)};
+                           static_cast<std::uint8_t>(bits >> 16),
+                           static_cast<std::uint8_t>(bits >> 24)};
   return hn::LoadMaskBits(kF, bytes);
 #endif
 }
 
-// Minimax polynomials of 2^f on [0, 1) with p(0) = 1. Relative error 8.6e-5, 2.9e-6, 8.2e-8 for degree 3, 4, 5.
+// Minimax polynomials of 2^f on [0, 1) with p(0) = 1. Relative error 8.6e-5, 2.9e-6, 8.2e-8 for
+// degree 3, 4, 5.
 template <int kDegree>
 HWY_INLINE V Exp2Fraction(V f) {
   const auto c = [](float x) HWY_ATTR { return hn::Set(kF, x); };
@@ -94,7 +98,8 @@ HWY_INLINE V Exp2Fraction(V f) {
   return hn::MulAdd(p, f, c(1.0F));
 }
 
-// 2^x for x <= 128; exactly 0 for x = -inf, inf for 128, NaN for NaN. Not Highway's Exp: that one turns NaN into 0.
+// 2^x for x <= 128; exactly 0 for x = -inf, inf for 128, NaN for NaN. Not Highway's Exp: that one
+// turns NaN into 0.
 template <int kDegree>
 HWY_INLINE V Exp2(V x) {
 #if HWY_TARGET <= HWY_AVX3
@@ -102,8 +107,8 @@ HWY_INLINE V Exp2(V x) {
   const V f{_mm512_reduce_ps(x.raw, 1)};
   return V{_mm512_scalef_ps(Exp2Fraction<kDegree>(f).raw, x.raw)};
 #else
-  // Below -127 the factor's exponent field would wrap; at -127 it is 0, and so is the factor. Comparisons that are
-  // false for NaN let it pass.
+  // Below -127 the factor's exponent field would wrap; at -127 it is 0, and so is the factor.
+  // Comparisons that are false for NaN let it pass.
   const V low = hn::Set(kF, -127.0F), high = hn::Set(kF, 128.0F);
   x = hn::IfThenElse(hn::Lt(x, low), low, x);
   x = hn::IfThenElse(hn::Gt(x, high), high, x);
@@ -113,7 +118,8 @@ HWY_INLINE V Exp2(V x) {
 #endif
 }
 
-// tanh, relative error below 3e-7: an odd minimax polynomial near 0, where 1 - 2 / (e^2x + 1) cancels, that beyond.
+// tanh, relative error below 3e-7: an odd minimax polynomial near 0, where 1 - 2 / (e^2x + 1)
+// cancels, that beyond.
 HWY_INLINE V Tanh(V x) {
   const auto c = [](float value) HWY_ATTR { return hn::Set(kF, value); };
   const V size = hn::Abs(x), square = hn::Mul(x, x);
@@ -129,7 +135,8 @@ HWY_INLINE V Tanh(V x) {
   return hn::IfThenElse(hn::Gt(size, c(0.625F)), hn::CopySign(large, x), small);
 }
 
-// ------------------------------------------------------------------------------------------------------- rows and packing
+// -------------------------------------------------------------------------------------------------------
+// rows and packing
 
 constexpr int kRowWords = 256;  // longest piece of a row that is transposed at once: 4 KB of stack
 
@@ -149,7 +156,8 @@ HWY_INLINE float LoadFloat(const char* p, Element element) {
 }
 
 // n elements of a row as float32, then zeros up to `padded`. A null row is all zeros.
-inline void FloatRow(float* out, const void* row, const RowSource& source, std::int64_t n, std::int64_t padded) {
+inline void FloatRow(float* out, const void* row, const RowSource& source, std::int64_t n,
+                     std::int64_t padded) {
   if (row == nullptr) n = 0;
   const char* p = static_cast<const char*>(row);
   std::int64_t x = 0;
@@ -159,14 +167,17 @@ inline void FloatRow(float* out, const void* row, const RowSource& source, std::
   } else if (source.element == Element::kBFloat16 && source.dim_stride_bytes == 2) {
     const hn::Rebind<std::uint16_t, F> half;
     for (; x + kLanes <= n; x += kLanes) {
-      const auto bits = hn::PromoteTo(kU, hn::LoadU(half, reinterpret_cast<const std::uint16_t*>(p) + x));
+      const auto bits =
+          hn::PromoteTo(kU, hn::LoadU(half, reinterpret_cast<const std::uint16_t*>(p) + x));
       hn::StoreU(hn::BitCast(kF, hn::ShiftLeft<16>(bits)), kF, out + x);
     }
-#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2  // elsewhere Highway's widening forgets infinities and NaN
+#if HWY_ARCH_X86 && \
+    HWY_TARGET <= HWY_AVX2  // elsewhere Highway's widening forgets infinities and NaN
   } else if (source.element == Element::kFloat16 && source.dim_stride_bytes == 2) {
     const hn::Rebind<hwy::float16_t, F> half;
     for (; x + kLanes <= n; x += kLanes) {
-      hn::StoreU(hn::PromoteTo(kF, hn::LoadU(half, reinterpret_cast<const hwy::float16_t*>(p) + x)), kF, out + x);
+      hn::StoreU(hn::PromoteTo(kF, hn::LoadU(half, reinterpret_cast<const hwy::float16_t*>(p) + x)),
+                 kF, out + x);
     }
 #endif
   }
@@ -175,7 +186,8 @@ inline void FloatRow(float* out, const void* row, const RowSource& source, std::
 }
 
 // Four rows of 32-bit words become four columns; `rows` are at least 4 words long.
-HWY_INLINE void Transpose4x4(const std::uint32_t* const (&rows)[4], std::uint32_t (&columns)[4][4]) {
+HWY_INLINE void Transpose4x4(const std::uint32_t* const (&rows)[4],
+                             std::uint32_t (&columns)[4][4]) {
 #if HWY_TARGET == HWY_SCALAR
   for (int i = 0; i < 4; ++i) {
     for (int j = 0; j < 4; ++j) columns[j][i] = rows[i][j];
@@ -183,9 +195,12 @@ HWY_INLINE void Transpose4x4(const std::uint32_t* const (&rows)[4], std::uint32_
 #else
   const hn::CappedTag<std::uint32_t, 4> d;
   const hn::Repartition<std::uint64_t, decltype(d)> d64;
-  const auto a = hn::LoadU(d, rows[0]), b = hn::LoadU(d, rows[1]), c = hn::LoadU(d, rows[2]), e = hn::LoadU(d, rows[3]);
-  const auto ab0 = hn::BitCast(d64, hn::InterleaveLower(d, a, b)), ab1 = hn::BitCast(d64, hn::InterleaveUpper(d, a, b));
-  const auto ce0 = hn::BitCast(d64, hn::InterleaveLower(d, c, e)), ce1 = hn::BitCast(d64, hn::InterleaveUpper(d, c, e));
+  const auto a = hn::LoadU(d, rows[0]), b = hn::LoadU(d, rows[1]), c = hn::LoadU(d, rows[2]),
+             e = hn::LoadU(d, rows[3]);
+  const auto ab0 = hn::BitCast(d64, hn::InterleaveLower(d, a, b)),
+             ab1 = hn::BitCast(d64, hn::InterleaveUpper(d, a, b));
+  const auto ce0 = hn::BitCast(d64, hn::InterleaveLower(d, c, e)),
+             ce1 = hn::BitCast(d64, hn::InterleaveUpper(d, c, e));
   hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, ab0, ce0)), d, columns[0]);
   hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, ab0, ce0)), d, columns[1]);
   hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, ab1, ce1)), d, columns[2]);
@@ -194,8 +209,8 @@ HWY_INLINE void Transpose4x4(const std::uint32_t* const (&rows)[4], std::uint32_
 }
 
 // out[x * stride + i] = rows[i][x] for x < count, i in 0..3.
-inline void TransposeIn(const std::uint32_t (&rows)[4][kRowWords], std::uint32_t* out, std::int64_t stride,
-                        std::int64_t count) {
+inline void TransposeIn(const std::uint32_t (&rows)[4][kRowWords], std::uint32_t* out,
+                        std::int64_t stride, std::int64_t count) {
   std::uint32_t columns[4][4];
   for (std::int64_t x = 0; x < count; x += 4) {
     const std::uint32_t* const in[4] = {rows[0] + x, rows[1] + x, rows[2] + x, rows[3] + x};
@@ -204,13 +219,16 @@ inline void TransposeIn(const std::uint32_t (&rows)[4][kRowWords], std::uint32_t
   }
 }
 
-// out[n * out_stride + x] = factor[n] * o[x * width + n] for x < count; o has whole groups of 4 rows.
-inline void TransposeOut(const float* o, std::int64_t width, const float* factor, std::int64_t count, float* out,
-                         std::int64_t out_stride) {
+// out[n * out_stride + x] = factor[n] * o[x * width + n] for x < count; o has whole groups of 4
+// rows.
+inline void TransposeOut(const float* o, std::int64_t width, const float* factor,
+                         std::int64_t count, float* out, std::int64_t out_stride) {
   std::uint32_t columns[4][4];
   for (std::int64_t n = 0; n < width; n += 4) {
     for (std::int64_t x = 0; x < count; x += 4) {
-      const auto row = [&](std::int64_t i) HWY_ATTR { return reinterpret_cast<const std::uint32_t*>(o + (x + i) * width + n); };
+      const auto row = [&](std::int64_t i) HWY_ATTR {
+        return reinterpret_cast<const std::uint32_t*>(o + (x + i) * width + n);
+      };
       const std::uint32_t* const in[4] = {row(0), row(1), row(2), row(3)};
       Transpose4x4(in, columns);
       const std::int64_t piece = count - x < 4 ? count - x : 4;
@@ -232,22 +250,26 @@ struct Float32 {
   static constexpr bool kRoundsP = false;
   static HWY_INLINE V Dot(V acc, V a, V b) { return hn::MulAdd(a, b, acc); }
   static HWY_INLINE void StorePair(V e0, V e1, char* p, std::int64_t key_bytes) {
-    hn::Store(e0, kF, reinterpret_cast<float*>(p)), hn::Store(e1, kF, reinterpret_cast<float*>(p + key_bytes));
+    hn::Store(e0, kF, reinterpret_cast<float*>(p)),
+        hn::Store(e1, kF, reinterpret_cast<float*>(p + key_bytes));
   }
   static HWY_INLINE void ScaleStored(char* p, V factor) {
     float* x = reinterpret_cast<float*>(p);
     hn::Store(hn::Mul(factor, hn::Load(kF, x)), kF, x);
   }
   static HWY_INLINE V Rounded(V p) { return p; }
-  static HWY_INLINE float Value(const char* v, std::int64_t key, std::int64_t d, std::int64_t step_bytes) {
+  static HWY_INLINE float Value(const char* v, std::int64_t key, std::int64_t d,
+                                std::int64_t step_bytes) {
     return reinterpret_cast<const float*>(v + key * step_bytes)[d];
   }
-  static void PackRow(char* out, const void* row, const RowSource& source, std::int64_t n, std::int64_t padded) {
+  static void PackRow(char* out, const void* row, const RowSource& source, std::int64_t n,
+                      std::int64_t padded) {
     FloatRow(reinterpret_cast<float*>(out), row, source, n, padded);
   }
-  static void PackValues(char* out, const void* const* rows, int keys, const RowSource& source, std::int64_t n,
-                         std::int64_t padded) {
-    for (int r = 0; r < keys; ++r) FloatRow(reinterpret_cast<float*>(out) + r * padded, rows[r], source, n, padded);
+  static void PackValues(char* out, const void* const* rows, int keys, const RowSource& source,
+                         std::int64_t n, std::int64_t padded) {
+    for (int r = 0; r < keys; ++r)
+      FloatRow(reinterpret_cast<float*>(out) + r * padded, rows[r], source, n, padded);
   }
   static bool AnyNotFinite(const char* v, std::int64_t words) {
     const auto exponent = hn::Set(kU, 0x7f800000U);
@@ -255,7 +277,8 @@ struct Float32 {
     std::int64_t x = 0;
     const auto* p = reinterpret_cast<const std::uint32_t*>(v);
     for (; x + kLanes <= words; x += kLanes) {
-      bad = hn::Or(bad, hn::VecFromMask(kU, hn::Eq(hn::And(hn::LoadU(kU, p + x), exponent), exponent)));
+      bad = hn::Or(bad,
+                   hn::VecFromMask(kU, hn::Eq(hn::And(hn::LoadU(kU, p + x), exponent), exponent)));
     }
     bool any = !hn::AllTrue(kU, hn::Eq(bad, hn::Zero(kU)));
     for (; x < words; ++x) any |= (p[x] & 0x7f800000U) == 0x7f800000U;

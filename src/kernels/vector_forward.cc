@@ -1,4 +1,5 @@
-// The float32 kernels of every Highway target, one entry each. bfloat16 and float16 inputs are widened when packed.
+// The float32 kernels of every Highway target, one entry each. bfloat16 and float16 inputs are
+// widened when packed.
 
 #include "kernels/dispatch.h"
 
@@ -44,18 +45,18 @@ namespace annulus {
 const ForwardKernel* vector_forward(const std::string& target) {
   using Getter = const ForwardKernel* (*)();
   static constexpr Getter kGetters[] = {
-      &HWY_NAMESPACE::Entry,  // of the last pass: the baseline
+    &HWY_NAMESPACE::Entry,  // of the last pass: the baseline
 #if (HWY_TARGETS & HWY_SSSE3) && HWY_STATIC_TARGET != HWY_SSSE3
-      &N_SSSE3::Entry,
+    &N_SSSE3::Entry,
 #endif
 #if (HWY_TARGETS & HWY_SSE4) && HWY_STATIC_TARGET != HWY_SSE4
-      &N_SSE4::Entry,
+    &N_SSE4::Entry,
 #endif
 #if (HWY_TARGETS & HWY_AVX2) && HWY_STATIC_TARGET != HWY_AVX2
-      &N_AVX2::Entry,
+    &N_AVX2::Entry,
 #endif
 #if (HWY_TARGETS & HWY_AVX3) && HWY_STATIC_TARGET != HWY_AVX3
-      &N_AVX3::Entry,
+    &N_AVX3::Entry,
 #endif
   };
   for (const Getter get : kGetters) {

@@ -14,13 +14,17 @@ namespace {
 
 constexpr std::int64_t kMaxLanes = 32;
 
-// Sizes of what one thread keeps for its item, in the order in which it lies in memory; all multiples of 64 bytes.
+// Sizes of what one thread keeps for its item, in the order in which it lies in memory; all
+// multiples of 64 bytes.
 struct ThreadSizes {
   std::int64_t scratch, tile_class, lane_bits, bias, rows, states;
-  [[nodiscard]] std::int64_t total() const { return scratch + tile_class + lane_bits + bias + rows + states; }
+  [[nodiscard]] std::int64_t total() const {
+    return scratch + tile_class + lane_bits + bias + rows + states;
+  }
 };
 
-ThreadSizes thread_sizes(const ForwardKernel& kernel, const Problem& problem, const ForwardLayout& layout) {
+ThreadSizes thread_sizes(const ForwardKernel& kernel, const Problem& problem,
+                         const ForwardLayout& layout) {
   const std::int64_t strips = layout.strips_per_item, panel = layout.panel_keys;
   return {round_up(kernel.scratch_bytes(problem.dims), 64),
           round_up(strips * (panel / kernel.tile_keys), 64),
@@ -31,7 +35,8 @@ ThreadSizes thread_sizes(const ForwardKernel& kernel, const Problem& problem, co
 }
 
 // out[x] = row[x], rounded once.
-void store_row(DType dtype, std::byte* out, std::int64_t stride_bytes, const float* row, std::int64_t n) {
+void store_row(DType dtype, std::byte* out, std::int64_t stride_bytes, const float* row,
+               std::int64_t n) {
   if (dtype == DType::kFloat32 && stride_bytes == 4) {
     std::memcpy(out, row, static_cast<std::size_t>(n) * 4);
   } else if (dtype == DType::kBFloat16) {
@@ -40,14 +45,15 @@ void store_row(DType dtype, std::byte* out, std::int64_t stride_bytes, const flo
       std::memcpy(out + x * stride_bytes, &bits, 2);
     }
   } else {
-    for (std::int64_t x = 0; x < n; ++x) store_element(dtype, out + x * stride_bytes, static_cast<double>(row[x]));
+    for (std::int64_t x = 0; x < n; ++x)
+      store_element(dtype, out + x * stride_bytes, static_cast<double>(row[x]));
   }
 }
 
 }  // namespace
 
-ForwardLayout make_forward_layout(const ForwardKernel& kernel, const Problem& problem, std::int64_t tokens, int threads,
-                                  bool keep_states) {
+ForwardLayout make_forward_layout(const ForwardKernel& kernel, const Problem& problem,
+                                  std::int64_t tokens, int threads, bool keep_states) {
   ForwardLayout layout;
   const Blocking blocking = kernel.blocking(problem.dims);
   const std::int64_t heads = problem.batch * problem.num_kv_heads;
@@ -58,10 +64,12 @@ ForwardLayout make_forward_layout(const ForwardKernel& kernel, const Problem& pr
   layout.strips_per_head = ceil_div(layout.rows_per_head, kernel.strip_rows);
   if (heads == 0 || layout.strips_per_head == 0) return layout;
   // A bias tile is as large as the scores: few strips, or it does not fit the L2.
-  const std::int64_t most = problem.rule.bias ? 4 : std::max<std::int64_t>(1, blocking.item_rows / kernel.strip_rows);
+  const std::int64_t most =
+      problem.rule.bias ? 4 : std::max<std::int64_t>(1, blocking.item_rows / kernel.strip_rows);
   // As many items as a multiple of the threads, of equal size: 11 items do not halve.
   const std::int64_t wanted = round_up(heads * ceil_div(layout.strips_per_head, most), threads);
-  layout.strips_per_item = ceil_div(layout.strips_per_head, std::min(layout.strips_per_head, ceil_div(wanted, heads)));
+  layout.strips_per_item =
+      ceil_div(layout.strips_per_head, std::min(layout.strips_per_head, ceil_div(wanted, heads)));
   layout.items_per_head = ceil_div(layout.strips_per_head, layout.strips_per_item);
   layout.items = heads * layout.items_per_head;
   if (keep_states) layout.state_bytes = heads * layout.strips_per_head * layout.strip_bytes;
@@ -69,16 +77,20 @@ ForwardLayout make_forward_layout(const ForwardKernel& kernel, const Problem& pr
   return layout;
 }
 
-std::vector<Item> make_items(const ForwardLayout& layout, const Problem& problem, const ForwardKernel& kernel) {
+std::vector<Item> make_items(const ForwardLayout& layout, const Problem& problem,
+                             const ForwardKernel& kernel) {
   std::vector<Item> items;
-  for (std::int64_t head = 0; head < problem.batch * problem.num_kv_heads && layout.items > 0; ++head) {
+  for (std::int64_t head = 0; head < problem.batch * problem.num_kv_heads && layout.items > 0;
+       ++head) {
     for (std::int64_t strip = 0; strip < layout.strips_per_head; strip += layout.strips_per_item) {
       Item item;
       item.batch = head / problem.num_kv_heads, item.kv_head = head % problem.num_kv_heads;
-      item.strip_begin = strip, item.strip_end = std::min(strip + layout.strips_per_item, layout.strips_per_head);
+      item.strip_begin = strip,
+      item.strip_end = std::min(strip + layout.strips_per_item, layout.strips_per_head);
       item.row_begin = strip * kernel.strip_rows;
       item.row_end = std::min(item.strip_end * kernel.strip_rows, layout.rows_per_head);
-      item.token_begin = item.row_begin / problem.group, item.token_end = ceil_div(item.row_end, problem.group);
+      item.token_begin = item.row_begin / problem.group,
+      item.token_end = ceil_div(item.row_end, problem.group);
       items.push_back(item);
     }
   }
@@ -87,31 +99,37 @@ std::vector<Item> make_items(const ForwardLayout& layout, const Problem& problem
 
 namespace {
 
-std::int64_t count_rows(const Problem& problem, const Item& item, const TokenSide& queries, const TokenSide& keys) {
+std::int64_t count_rows(const Problem& problem, const Item& item, const TokenSide& queries,
+                        const TokenSide& keys) {
   const std::int64_t group = problem.group, first_head = item.kv_head * group;
   // Rows of whole tokens in one count, what a strip cuts off a token's group in a count of its own.
   const auto count = [&](std::int64_t row_begin, std::int64_t row_end) -> std::int64_t {
     if (row_begin >= row_end) return 0;
     const bool whole = row_begin % group == 0 && row_end % group == 0;
     const auto head_first = static_cast<int>(first_head + (whole ? 0 : row_begin % group));
-    const auto head_last = static_cast<int>(first_head + (whole ? group - 1 : (row_end - 1) % group));
-    return count_visible(problem.visibility, item.batch, head_first, head_last, queries, row_begin / group,
-                         ceil_div(row_end, group), keys);
+    const auto head_last =
+        static_cast<int>(first_head + (whole ? group - 1 : (row_end - 1) % group));
+    return count_visible(problem.visibility, item.batch, head_first, head_last, queries,
+                         row_begin / group, ceil_div(row_end, group), keys);
   };
   const std::int64_t inner_begin = std::min(round_up(item.row_begin, group), item.row_end);
   const std::int64_t inner_end = std::max(inner_begin, item.row_end / group * group);
-  return count(item.row_begin, inner_begin) + count(inner_begin, inner_end) + count(inner_end, item.row_end);
+  return count(item.row_begin, inner_begin) + count(inner_begin, inner_end) +
+         count(inner_end, item.row_end);
 }
 
 }  // namespace
 
-std::vector<std::int64_t> count_item_pairs(const Problem& problem, const std::vector<Item>& items, const Rows& q_rows,
-                                           const std::vector<std::int32_t>& q_segments, const KeyBlock& keys) {
+std::vector<std::int64_t> count_item_pairs(const Problem& problem, const std::vector<Item>& items,
+                                           const Rows& q_rows,
+                                           const std::vector<std::int32_t>& q_segments,
+                                           const KeyBlock& keys) {
   std::vector<std::int64_t> pairs(items.size());
   const bool same_for_heads = !problem.visibility.per_head();
-  const std::size_t per_head = problem.num_kv_heads * problem.batch > 0
-                                   ? items.size() / static_cast<std::size_t>(problem.batch * problem.num_kv_heads)
-                                   : 1;
+  const std::size_t per_head =
+      problem.num_kv_heads * problem.batch > 0
+          ? items.size() / static_cast<std::size_t>(problem.batch * problem.num_kv_heads)
+          : 1;
   for (std::size_t i = 0; i < items.size(); ++i) {
     const Item& item = items[i];
     if (same_for_heads && item.kv_head > 0) {
@@ -120,19 +138,30 @@ std::vector<std::int64_t> count_item_pairs(const Problem& problem, const std::ve
     }
     TokenSide queries{&q_rows, {}};
     if (!q_segments.empty()) {
-      queries.segments = std::span(q_segments).subspan(static_cast<std::size_t>(item.batch * q_rows.size()), static_cast<std::size_t>(q_rows.size()));
+      queries.segments = std::span(q_segments)
+                             .subspan(static_cast<std::size_t>(item.batch * q_rows.size()),
+                                      static_cast<std::size_t>(q_rows.size()));
     }
     pairs[i] = count_rows(problem, item, queries, keys.side(item.batch));
   }
   return pairs;
 }
 
+namespace {
+
+Interval positions(const KeyBlock& keys, std::int64_t begin, std::int64_t count) {
+  return {keys.rows.position[static_cast<std::size_t>(begin)],
+          keys.rows.position[static_cast<std::size_t>(begin + count - 1)]};
+}
+
+}  // namespace
+
 struct ForwardPass::ThreadMemory {
   void* scratch;
-  std::uint8_t* tile_class;   // [strip of the item][tile of the panel]
-  std::uint32_t* lane_bits;   // [strip][key]
-  float* bias;                // [strip][key][lane]
-  float* rows;                // [lane][out_stride], then lse [lane]
+  std::uint8_t* tile_class;  // [strip of the item][tile of the panel]
+  std::uint32_t* lane_bits;  // [strip][key]
+  float* bias;               // [strip][key][lane]
+  float* rows;               // [lane][out_stride], then lse [lane]
   std::byte* states;
 
   ThreadMemory(std::byte* p, const ThreadSizes& sizes) {
@@ -158,19 +187,30 @@ struct ForwardPass::Panel {
   TileClass shade;  // of the whole item
 };
 
-ForwardPass::ForwardPass(const ForwardKernel& kernel, const Problem& problem, const Rows& rows, std::vector<std::int32_t> segments,
-                         Executor& executor, bool keep_states, std::function<void()> tick)
-    : kernel_(kernel), problem_(problem), rows_(rows), segments_(std::move(segments)), executor_(executor), tick_(std::move(tick)),
+ForwardPass::ForwardPass(const ForwardKernel& kernel, const Problem& problem, const Rows& rows,
+                         std::vector<std::int32_t> segments, Executor& executor, bool keep_states,
+                         std::function<void()> tick)
+    : kernel_(kernel),
+      problem_(problem),
+      rows_(rows),
+      segments_(std::move(segments)),
+      executor_(executor),
+      tick_(std::move(tick)),
       layout_(make_forward_layout(kernel, problem, rows.size(), executor.threads(), keep_states)),
-      items_(make_items(layout_, problem, kernel)), states_(layout_.state_bytes) {
-  for (int t = 0; t < executor.threads() && layout_.items > 0; ++t) thread_memory_.emplace_back(layout_.thread_bytes);
+      items_(make_items(layout_, problem, kernel)),
+      states_(layout_.state_bytes) {
+  for (int t = 0; t < executor.threads() && layout_.items > 0; ++t)
+    thread_memory_.emplace_back(layout_.thread_bytes);
 }
 
-std::int64_t ForwardPass::attend_block(const KeyBlock* keys, const std::vector<std::int64_t>& item_pairs, bool first, bool last) {
+std::int64_t ForwardPass::attend_block(const KeyBlock* keys,
+                                       const std::vector<std::int64_t>& item_pairs, bool first,
+                                       bool last) {
   std::vector<std::size_t> order(items_.size());
   std::iota(order.begin(), order.end(), std::size_t{0});
   if (keys != nullptr) {
-    std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return item_pairs[a] > item_pairs[b]; });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](std::size_t a, std::size_t b) { return item_pairs[a] > item_pairs[b]; });
   }
   const ThreadSizes sizes = thread_sizes(kernel_, problem_, layout_);
   std::atomic<std::size_t> next{0};
@@ -180,10 +220,14 @@ std::int64_t ForwardPass::attend_block(const KeyBlock* keys, const std::vector<s
     const ThreadMemory memory(thread_memory_[static_cast<std::size_t>(thread)].data(), sizes);
     for (std::size_t i = next++; i < order.size(); i = next++) {
       const Item& item = items_[order[i]];
-      const std::int64_t strip = (item.batch * problem_.num_kv_heads + item.kv_head) * layout_.strips_per_head + item.strip_begin;
-      std::byte* states = layout_.state_bytes > 0 ? states_.data() + strip * layout_.strip_bytes : memory.states;
+      const std::int64_t strip =
+          (item.batch * problem_.num_kv_heads + item.kv_head) * layout_.strips_per_head +
+          item.strip_begin;
+      std::byte* states =
+          layout_.state_bytes > 0 ? states_.data() + strip * layout_.strip_bytes : memory.states;
       if (first) start_item(item, states);
-      if (keys != nullptr && item_pairs[order[i]] > 0) pairs += run_item(item, *keys, states, memory);
+      if (keys != nullptr && item_pairs[order[i]] > 0)
+        pairs += run_item(item, *keys, states, memory);
       if (last) finish_item(item, states, memory);
     }
   });
@@ -196,7 +240,8 @@ TileBox ForwardPass::box_of(const Item& item, std::int64_t row_begin, std::int64
   box.batch = item.batch;
   box.head_first = static_cast<int>(item.kv_head * problem_.group);
   box.head_last = static_cast<int>(box.head_first + problem_.group - 1);
-  box.queries = {rows_.position[static_cast<std::size_t>(first)], rows_.position[static_cast<std::size_t>(end - 1)]};
+  box.queries = {rows_.position[static_cast<std::size_t>(first)],
+                 rows_.position[static_cast<std::size_t>(end - 1)]};
   if (!segments_.empty()) {
     const auto ids = segments_.begin() + item.batch * rows_.size();
     const auto [lo, hi] = std::minmax_element(ids + first, ids + end);
@@ -208,17 +253,19 @@ TileBox ForwardPass::box_of(const Item& item, std::int64_t row_begin, std::int64
 ForwardPass::ItemView ForwardPass::view_of(const Item& item) const {
   ItemView view{item, box_of(item, item.row_begin, item.row_end), {}};
   for (std::int64_t s = item.strip_begin; s < item.strip_end; ++s) {
-    view.strips.push_back(box_of(item, s * kernel_.strip_rows, std::min((s + 1) * kernel_.strip_rows, item.row_end)));
+    view.strips.push_back(
+        box_of(item, s * kernel_.strip_rows, std::min((s + 1) * kernel_.strip_rows, item.row_end)));
   }
   return view;
 }
 
-std::vector<ForwardPass::Panel> ForwardPass::needed_panels(const ItemView& item, const KeyBlock& keys) const {
+std::vector<ForwardPass::Panel> ForwardPass::needed_panels(const ItemView& item,
+                                                           const KeyBlock& keys) const {
   std::vector<Panel> panels;
   TileBox box = item.box;
   for (std::int64_t begin = 0; begin < keys.num_keys(); begin += layout_.panel_keys) {
     const std::int64_t count = std::min(layout_.panel_keys, keys.num_keys() - begin);
-    box.keys = {keys.rows.position[static_cast<std::size_t>(begin)], keys.rows.position[static_cast<std::size_t>(begin + count - 1)]};
+    box.keys = positions(keys, begin, count);
     box.key_segments = keys.segment_range(item.item.batch, begin, count);
     const TileClass shade = problem_.visibility.classify(box);
     if (shade != TileClass::kEmpty) panels.push_back({begin, count, shade});
@@ -228,18 +275,23 @@ std::vector<ForwardPass::Panel> ForwardPass::needed_panels(const ItemView& item,
 
 Lanes ForwardPass::lanes_of(const Item& item, std::int64_t strip) const {
   Lanes lanes;
-  const std::int64_t begin = strip * kernel_.strip_rows, end = std::min(begin + kernel_.strip_rows, item.row_end);
+  const std::int64_t begin = strip * kernel_.strip_rows,
+                     end = std::min(begin + kernel_.strip_rows, item.row_end);
   lanes.count = static_cast<int>(end - begin);
   for (std::int64_t row = begin; row < end; ++row) {
-    const auto n = static_cast<std::size_t>(row - begin), token = static_cast<std::size_t>(row / problem_.group);
+    const auto n = static_cast<std::size_t>(row - begin),
+               token = static_cast<std::size_t>(row / problem_.group);
     lanes.position[n] = rows_.position[token], lanes.row[n] = rows_.row[token];
     lanes.head[n] = static_cast<std::int32_t>(item.kv_head * problem_.group + row % problem_.group);
-    lanes.segment[n] = segments_.empty() ? 0 : segments_[static_cast<std::size_t>(item.batch * rows_.size()) + token];
+    lanes.segment[n] = segments_.empty()
+                           ? 0
+                           : segments_[static_cast<std::size_t>(item.batch * rows_.size()) + token];
   }
   return lanes;
 }
 
-std::int64_t ForwardPass::run_item(const Item& item, const KeyBlock& keys, std::byte* states, const ThreadMemory& memory) const {
+std::int64_t ForwardPass::run_item(const Item& item, const KeyBlock& keys, std::byte* states,
+                                   const ThreadMemory& memory) const {
   const ItemView view = view_of(item);
   const std::vector<Panel> panels = needed_panels(view, keys);
   const std::int64_t tiles = layout_.panel_keys / kernel_.tile_keys;
@@ -265,63 +317,75 @@ std::int64_t ForwardPass::run_item(const Item& item, const KeyBlock& keys, std::
     }
     if (works.empty()) continue;
     const std::int64_t next = i + 1 < panels.size() ? panels[i + 1].begin : panels[0].begin;
-    kernel_.panel({keys.packed.bytes.data() + head * keys.head_bytes, keys.num_keys(), panel.begin, panel.count, next,
-                   works.data(), static_cast<std::int64_t>(works.size()), problem_.rule, problem_.dims, memory.scratch});
+    kernel_.panel({keys.packed.bytes.data() + head * keys.head_bytes, keys.num_keys(), panel.begin,
+                   panel.count, next, works.data(), static_cast<std::int64_t>(works.size()),
+                   problem_.rule, problem_.dims, memory.scratch});
     tick_();
   }
   return pairs;
 }
 
-std::int64_t ForwardPass::classify_strip(const ItemView& item, std::int64_t strip, const KeyBlock& keys, const Panel& panel,
+std::int64_t ForwardPass::classify_strip(const ItemView& item, std::int64_t strip,
+                                         const KeyBlock& keys, const Panel& panel,
                                          std::uint8_t* tile_class, std::uint32_t* lane_bits) const {
   const std::int64_t step = kernel_.tile_keys, tiles = ceil_div(panel.count, step);
-  const std::int64_t lane_count = std::min((strip + 1) * kernel_.strip_rows, item.item.row_end) - strip * kernel_.strip_rows;
-  const auto all_lanes = static_cast<std::uint32_t>((std::uint64_t{1} << lane_count) - 1);
+  const std::int64_t row = strip * kernel_.strip_rows;
+  const std::int64_t lane_count = std::min(row + kernel_.strip_rows, item.item.row_end) - row;
   TileBox box = item.strips[static_cast<std::size_t>(strip - item.item.strip_begin)];
   const auto shade_of = [&](std::int64_t begin, std::int64_t count) {
-    box.keys = {keys.rows.position[static_cast<std::size_t>(begin)], keys.rows.position[static_cast<std::size_t>(begin + count - 1)]};
+    box.keys = positions(keys, begin, count);
     box.key_segments = keys.segment_range(item.item.batch, begin, count);
     return problem_.visibility.classify(box);
   };
-  const TileClass whole = panel.shade == TileClass::kFull ? panel.shade : shade_of(panel.begin, panel.count);
+  const TileClass whole =
+      panel.shade == TileClass::kFull ? panel.shade : shade_of(panel.begin, panel.count);
   if (whole == TileClass::kEmpty) return 0;
-  if (whole == TileClass::kFull) std::memset(tile_class, kTileFull, static_cast<std::size_t>(tiles));
-  std::int64_t pairs = whole == TileClass::kFull ? lane_count * panel.count : 0;
-  const bool ragged = panel.count % step != 0;
-  if (whole == TileClass::kFull && !ragged) return pairs;
-
+  if (whole == TileClass::kFull) {
+    std::memset(tile_class, kTileFull, static_cast<std::size_t>(tiles));
+    if (panel.count % step != 0) {  // the padding keys behind the last one are hidden
+      tile_class[tiles - 1] = kTilePartial;
+      const auto all = static_cast<std::uint32_t>((std::uint64_t{1} << lane_count) - 1);
+      for (std::int64_t k = (tiles - 1) * step; k < tiles * step; ++k) {
+        lane_bits[k] = k < panel.count ? all : 0;
+      }
+    }
+    return lane_count * panel.count;
+  }
+  std::int64_t pairs = 0;
   Lanes lanes;
   lanes.count = 0;
-  for (std::int64_t t = whole == TileClass::kFull ? tiles - 1 : 0; t < tiles; ++t) {
-    const std::int64_t begin = panel.begin + t * step, count = std::min(step, panel.count - t * step);
-    const TileClass shade = whole == TileClass::kFull ? whole : shade_of(begin, count);
-    std::uint32_t* bits = lane_bits + t * step;
+  for (std::int64_t t = 0; t < tiles; ++t) {
+    const std::int64_t begin = panel.begin + t * step,
+                       count = std::min(step, panel.count - t * step);
+    const TileClass shade = shade_of(begin, count);
     tile_class[t] = static_cast<std::uint8_t>(shade);
-    if (shade == TileClass::kFull && whole != TileClass::kFull) pairs += lane_count * count;
-    if (shade == TileClass::kFull && count == step) continue;
-    if (shade == TileClass::kEmpty) continue;
-    std::fill(bits, bits + step, shade == TileClass::kFull ? all_lanes : 0U);
-    std::fill(bits + count, bits + step, 0U);  // padding keys
-    tile_class[t] = kTilePartial;
-    if (shade == TileClass::kFull) continue;
+    if (shade == TileClass::kFull) pairs += lane_count * count;
+    if (shade == TileClass::kEmpty || (shade == TileClass::kFull && count == step)) continue;
     if (lanes.count == 0) lanes = lanes_of(item.item, strip);
-    const auto offset = static_cast<std::size_t>(begin);
-    const TokenSide side = keys.side(item.item.batch);
-    problem_.visibility.lane_bits(item.item.batch, lanes,
-                                  {std::span(keys.rows.position).subspan(offset, static_cast<std::size_t>(count)),
-                                   side.segments.empty() ? nullptr : side.segments.data() + begin},
-                                  bits);
-    std::int64_t seen = 0;
-    for (std::int64_t k = 0; k < count; ++k) seen += std::popcount(bits[k]);
-    pairs += seen;
-    if (seen == 0) tile_class[t] = kTileEmpty;
-    if (seen == lane_count * step) tile_class[t] = kTileFull;
+    const std::int64_t seen = tile_bits(item.item, lanes, keys, begin, count, lane_bits + t * step);
+    if (shade == TileClass::kPartial) pairs += seen;
+    tile_class[t] = seen == 0 ? kTileEmpty : seen == lane_count * step ? kTileFull : kTilePartial;
   }
   return pairs;
 }
 
-void ForwardPass::gather_bias(const Item& item, const Lanes& lanes, const KeyBlock& keys, const Panel& panel,
-                              const std::uint8_t* tile_class, float* bias) const {
+std::int64_t ForwardPass::tile_bits(const Item& item, const Lanes& lanes, const KeyBlock& keys,
+                                    std::int64_t begin, std::int64_t count,
+                                    std::uint32_t* bits) const {
+  const std::int32_t* ids = keys.segments.empty() ? nullptr : keys.side(item.batch).segments.data();
+  const auto some = std::span(keys.rows.position)
+                        .subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count));
+  problem_.visibility.lane_bits(item.batch, lanes, {some, ids == nullptr ? ids : ids + begin},
+                                bits);
+  std::fill(bits + count, bits + kernel_.tile_keys, 0U);  // padding keys
+  std::int64_t seen = 0;
+  for (std::int64_t k = 0; k < count; ++k) seen += std::popcount(bits[k]);
+  return seen;
+}
+
+void ForwardPass::gather_bias(const Item& item, const Lanes& lanes, const KeyBlock& keys,
+                              const Panel& panel, const std::uint8_t* tile_class,
+                              float* bias) const {
   const TensorView& view = problem_.bias;
   const std::int64_t step = kernel_.tile_keys, width = kernel_.strip_rows;
   const std::int64_t stride = view.strides[3] * size_bytes(view.dtype);
@@ -346,25 +410,30 @@ void ForwardPass::start_item(const Item& item, std::byte* states) const {
   for (std::int64_t s = item.strip_begin; s < item.strip_end; ++s) {
     const Lanes lanes = lanes_of(item, s);
     const void* rows[kMaxLanes];
-    for (int n = 0; n < lanes.count; ++n) rows[n] = problem_.q.at(item.batch, lanes.row[n], lanes.head[n], 0);
-    kernel_.start(states + (s - item.strip_begin) * layout_.strip_bytes, rows, lanes.count, problem_.q.strides[3] * size,
-                  static_cast<Element>(problem_.q.dtype), problem_.dims);
+    for (int n = 0; n < lanes.count; ++n)
+      rows[n] = problem_.q.at(item.batch, lanes.row[n], lanes.head[n], 0);
+    kernel_.start(states + (s - item.strip_begin) * layout_.strip_bytes, rows, lanes.count,
+                  problem_.q.strides[3] * size, static_cast<Element>(problem_.q.dtype),
+                  problem_.dims);
   }
 }
 
-void ForwardPass::finish_item(const Item& item, const std::byte* states, const ThreadMemory& memory) const {
+void ForwardPass::finish_item(const Item& item, const std::byte* states,
+                              const ThreadMemory& memory) const {
   const MutableTensorView &out = problem_.out, &lse = problem_.lse;
   float* lane_lse = memory.rows + kernel_.strip_rows * layout_.out_stride;
   for (std::int64_t s = item.strip_begin; s < item.strip_end; ++s) {
     const Lanes lanes = lanes_of(item, s);
     float sinks[kMaxLanes];
     std::fill(std::begin(sinks), std::end(sinks), -__builtin_inff());
-    for (int n = 0; n < lanes.count; ++n) sinks[n] = problem_.sinks[static_cast<std::size_t>(lanes.head[n])];
-    kernel_.finish(states + (s - item.strip_begin) * layout_.strip_bytes, sinks, memory.rows, layout_.out_stride, lane_lse,
-                   problem_.dims);
+    for (int n = 0; n < lanes.count; ++n)
+      sinks[n] = problem_.sinks[static_cast<std::size_t>(lanes.head[n])];
+    kernel_.finish(states + (s - item.strip_begin) * layout_.strip_bytes, sinks, memory.rows,
+                   layout_.out_stride, lane_lse, problem_.dims);
     for (int n = 0; n < lanes.count; ++n) {
-      store_row(out.dtype, out.at(item.batch, lanes.row[n], lanes.head[n], 0), out.strides[3] * size_bytes(out.dtype),
-                memory.rows + n * layout_.out_stride, problem_.dims.v_head_dim);
+      store_row(out.dtype, out.at(item.batch, lanes.row[n], lanes.head[n], 0),
+                out.strides[3] * size_bytes(out.dtype), memory.rows + n * layout_.out_stride,
+                problem_.dims.v_head_dim);
       if (lse) std::memcpy(lse.at(item.batch, lanes.row[n], lanes.head[n], 0), lane_lse + n, 4);
     }
   }

@@ -1,4 +1,5 @@
-// One rank's queries on their way through all blocks of keys: attend_block, the one place where tiles are run.
+// One rank's queries on their way through all blocks of keys: attend_block, the one place where
+// tiles are run.
 #pragma once
 
 #include <cstdint>
@@ -15,53 +16,62 @@
 
 namespace annulus {
 
-// How the rank's query rows are cut. A row is (token, query head of the KV head's group), the head varying faster; a
-// strip is the kernel's strip_rows of them, counted from the rank's first row, so that results do not depend on how
-// strips are dealt to items and threads. An item is some strips of one (batch row, KV head).
+// How the rank's query rows are cut. A row is (token, query head of the KV head's group), the head
+// varying faster; a strip is the kernel's strip_rows of them, counted from the rank's first row, so
+// that results do not depend on how strips are dealt to items and threads. An item is some strips
+// of one (batch row, KV head).
 struct ForwardLayout {
-  std::int64_t rows_per_head = 0;     // tokens * group
+  std::int64_t rows_per_head = 0;  // tokens * group
   std::int64_t strips_per_head = 0;
   std::int64_t strips_per_item = 1;
   std::int64_t items_per_head = 0;
   std::int64_t items = 0;
   std::int64_t panel_keys = 0;
   std::int64_t strip_bytes = 0;
-  std::int64_t thread_bytes = 0;      // scratch of one thread, the state of one item included if states do not stay
-  std::int64_t state_bytes = 0;       // states of all items if they must outlive a step, else 0
-  std::int64_t out_stride = 0;        // floats of a finished row in scratch
+  std::int64_t thread_bytes =
+      0;  // scratch of one thread, the state of one item included if states do not stay
+  std::int64_t state_bytes = 0;  // states of all items if they must outlive a step, else 0
+  std::int64_t out_stride = 0;   // floats of a finished row in scratch
 };
 
 // keep_states: more than one block will be attended to.
-ForwardLayout make_forward_layout(const ForwardKernel& kernel, const Problem& problem, std::int64_t tokens, int threads,
-                                  bool keep_states);
+ForwardLayout make_forward_layout(const ForwardKernel& kernel, const Problem& problem,
+                                  std::int64_t tokens, int threads, bool keep_states);
 
 struct Item {
   std::int64_t batch = 0;
   std::int64_t kv_head = 0;
   std::int64_t strip_begin = 0;
   std::int64_t strip_end = 0;
-  std::int64_t token_begin = 0;  // indices into the rank's Rows; strips may share a token with their neighbours
+  std::int64_t token_begin =
+      0;  // indices into the rank's Rows; strips may share a token with their neighbours
   std::int64_t token_end = 0;
-  std::int64_t row_begin = 0;    // rows of the item, group-interleaved
+  std::int64_t row_begin = 0;  // rows of the item, group-interleaved
   std::int64_t row_end = 0;
 };
 
-std::vector<Item> make_items(const ForwardLayout& layout, const Problem& problem, const ForwardKernel& kernel);
+std::vector<Item> make_items(const ForwardLayout& layout, const Problem& problem,
+                             const ForwardKernel& kernel);
 
 // Visible pairs of each item with the keys, by the mask alone.
-std::vector<std::int64_t> count_item_pairs(const Problem& problem, const std::vector<Item>& items, const Rows& q_rows,
-                                           const std::vector<std::int32_t>& q_segments, const KeyBlock& keys);
+std::vector<std::int64_t> count_item_pairs(const Problem& problem, const std::vector<Item>& items,
+                                           const Rows& q_rows,
+                                           const std::vector<std::int32_t>& q_segments,
+                                           const KeyBlock& keys);
 
 class ForwardPass {
  public:
   // `tick` is called after every item and may throw to stop the call.
-  ForwardPass(const ForwardKernel& kernel, const Problem& problem, const Rows& rows, std::vector<std::int32_t> segments,
-              Executor& executor, bool keep_states, std::function<void()> tick);
+  ForwardPass(const ForwardKernel& kernel, const Problem& problem, const Rows& rows,
+              std::vector<std::int32_t> segments, Executor& executor, bool keep_states,
+              std::function<void()> tick);
 
   [[nodiscard]] const std::vector<Item>& items() const { return items_; }
-  // All items against a block, longest first by item_pairs; keys may be null (nothing is visible). `first` starts the
-  // states, `last` writes out and lse. Returns the visible pairs that the tiles held.
-  std::int64_t attend_block(const KeyBlock* keys, const std::vector<std::int64_t>& item_pairs, bool first, bool last);
+  // All items against a block, longest first by item_pairs; keys may be null (nothing is visible).
+  // `first` starts the states, `last` writes out and lse. Returns the visible pairs that the tiles
+  // held.
+  std::int64_t attend_block(const KeyBlock* keys, const std::vector<std::int64_t>& item_pairs,
+                            bool first, bool last);
 
  private:
   struct ThreadMemory;
@@ -69,12 +79,17 @@ class ForwardPass {
   struct Panel;
 
   [[nodiscard]] ItemView view_of(const Item& item) const;
-  [[nodiscard]] TileBox box_of(const Item& item, std::int64_t row_begin, std::int64_t row_end) const;
+  [[nodiscard]] TileBox box_of(const Item& item, std::int64_t row_begin,
+                               std::int64_t row_end) const;
   [[nodiscard]] std::vector<Panel> needed_panels(const ItemView& item, const KeyBlock& keys) const;
   [[nodiscard]] Lanes lanes_of(const Item& item, std::int64_t strip) const;
-  std::int64_t run_item(const Item& item, const KeyBlock& keys, std::byte* states, const ThreadMemory& memory) const;
-  std::int64_t classify_strip(const ItemView& item, std::int64_t strip, const KeyBlock& keys, const Panel& panel,
-                              std::uint8_t* tile_class, std::uint32_t* lane_bits) const;
+  std::int64_t run_item(const Item& item, const KeyBlock& keys, std::byte* states,
+                        const ThreadMemory& memory) const;
+  std::int64_t classify_strip(const ItemView& item, std::int64_t strip, const KeyBlock& keys,
+                              const Panel& panel, std::uint8_t* tile_class,
+                              std::uint32_t* lane_bits) const;
+  std::int64_t tile_bits(const Item& item, const Lanes& lanes, const KeyBlock& keys,
+                         std::int64_t begin, std::int64_t count, std::uint32_t* bits) const;
   void gather_bias(const Item& item, const Lanes& lanes, const KeyBlock& keys, const Panel& panel,
                    const std::uint8_t* tile_class, float* bias) const;
   void start_item(const Item& item, std::byte* states) const;

@@ -10,10 +10,12 @@ namespace annulus {
 
 TokenSide KeyBlock::side(std::int64_t batch) const {
   if (segments.empty()) return {&rows, {}};
-  return {&rows, std::span(segments).subspan(static_cast<std::size_t>(batch * num_keys()), static_cast<std::size_t>(num_keys()))};
+  return {&rows, std::span(segments).subspan(static_cast<std::size_t>(batch * num_keys()),
+                                             static_cast<std::size_t>(num_keys()))};
 }
 
-SegmentRange KeyBlock::segment_range(std::int64_t batch, std::int64_t begin, std::int64_t count) const {
+SegmentRange KeyBlock::segment_range(std::int64_t batch, std::int64_t begin,
+                                     std::int64_t count) const {
   if (segments.empty()) return {};
   const std::int64_t tiles = ceil_div(num_keys(), tile_keys);
   const SegmentRange* tile = tile_segments.data() + batch * tiles + begin / tile_keys;
@@ -24,7 +26,8 @@ SegmentRange KeyBlock::segment_range(std::int64_t batch, std::int64_t begin, std
   return range;
 }
 
-KeyBlock describe_keys(const ForwardKernel& kernel, const Problem& problem, Rows rows, std::vector<std::int32_t> segments) {
+KeyBlock describe_keys(const ForwardKernel& kernel, const Problem& problem, Rows rows,
+                       std::vector<std::int32_t> segments) {
   KeyBlock block;
   block.rows = std::move(rows), block.segments = std::move(segments);
   block.tile_keys = kernel.tile_keys;
@@ -33,7 +36,9 @@ KeyBlock describe_keys(const ForwardKernel& kernel, const Problem& problem, Rows
   for (std::int64_t b = 0; b < problem.batch; ++b) {
     const std::span<const std::int32_t> ids = block.side(b).segments;
     for (std::int64_t k = 0; k < block.num_keys(); k += block.tile_keys) {
-      const auto tile = ids.subspan(static_cast<std::size_t>(k), static_cast<std::size_t>(std::min(block.tile_keys, block.num_keys() - k)));
+      const auto tile =
+          ids.subspan(static_cast<std::size_t>(k),
+                      static_cast<std::size_t>(std::min(block.tile_keys, block.num_keys() - k)));
       const auto [lo, hi] = std::minmax_element(tile.begin(), tile.end());
       block.tile_segments.push_back({*lo, *hi});
     }
@@ -41,7 +46,8 @@ KeyBlock describe_keys(const ForwardKernel& kernel, const Problem& problem, Rows
   return block;
 }
 
-std::vector<std::int32_t> segments_of(const Problem& problem, const TensorView& ids, const Rows& rows) {
+std::vector<std::int32_t> segments_of(const Problem& problem, const TensorView& ids,
+                                      const Rows& rows) {
   std::vector<std::int32_t> segments;
   if (!problem.visibility.rules().segments) return segments;
   segments.reserve(static_cast<std::size_t>(problem.batch * rows.size()));
@@ -55,29 +61,35 @@ std::vector<std::int32_t> segments_of(const Problem& problem, const TensorView& 
   return segments;
 }
 
-std::int64_t packed_block_bytes(const ForwardKernel& kernel, const Problem& problem, std::int64_t num_keys) {
+std::int64_t packed_block_bytes(const ForwardKernel& kernel, const Problem& problem,
+                                std::int64_t num_keys) {
   return problem.batch * problem.num_kv_heads * kernel.packed_bytes(problem.dims, num_keys);
 }
 
-Parcel pack_keys(const ForwardKernel& kernel, const Problem& problem, const Rows& rows, Executor& executor) {
+Parcel pack_keys(const ForwardKernel& kernel, const Problem& problem, const Rows& rows,
+                 Executor& executor) {
   const std::int64_t keys = rows.size(), heads = problem.batch * problem.num_kv_heads;
   const std::int64_t head_bytes = kernel.packed_bytes(problem.dims, keys);
   const auto buffer = std::make_shared<AlignedBuffer>(heads * head_bytes);
-  const std::int64_t piece = kernel.blocking(problem.dims).panel_keys, pieces = ceil_div(keys, piece);
+  const std::int64_t piece = kernel.blocking(problem.dims).panel_keys,
+                     pieces = ceil_div(keys, piece);
   const auto source = [&](const TensorView& t, std::int64_t b, std::int64_t h) {
     const std::int64_t size = size_bytes(t.dtype);
-    return RowSource{t.at(b, 0, h, 0), rows.row.data(), t.strides[1] * size, t.strides[3] * size, static_cast<Element>(t.dtype)};
+    return RowSource{t.at(b, 0, h, 0), rows.row.data(), t.strides[1] * size, t.strides[3] * size,
+                     static_cast<Element>(t.dtype)};
   };
   std::atomic<std::int64_t> next{0};
   executor.run([&](int) {
     for (std::int64_t i = next++; i < heads * pieces; i = next++) {
       const std::int64_t head = i / pieces, begin = i % pieces * piece;
       const std::int64_t b = head / problem.num_kv_heads, h = head % problem.num_kv_heads;
-      kernel.pack(buffer->data() + head * head_bytes, source(problem.k, b, h), source(problem.v, b, h), problem.dims, keys,
-                  begin, std::min(keys, begin + piece));
+      kernel.pack(buffer->data() + head * head_bytes, source(problem.k, b, h),
+                  source(problem.v, b, h), problem.dims, keys, begin,
+                  std::min(keys, begin + piece));
     }
   });
-  return {std::span<const std::byte>(buffer->data(), static_cast<std::size_t>(heads * head_bytes)), buffer};
+  return {std::span<const std::byte>(buffer->data(), static_cast<std::size_t>(heads * head_bytes)),
+          buffer};
 }
 
 }  // namespace annulus

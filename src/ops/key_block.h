@@ -1,4 +1,5 @@
-// The keys and values of one rank as they travel: packed once by their owner in the kernel's form, read by everybody.
+// The keys and values of one rank as they travel: packed once by their owner in the kernel's form,
+// read by everybody.
 #pragma once
 
 #include <cstdint>
@@ -15,27 +16,32 @@ namespace annulus {
 
 struct KeyBlock {
   Rows rows;
-  std::vector<std::int32_t> segments;          // [batch][key]; empty without segment ids
-  std::vector<SegmentRange> tile_segments;     // [batch][tile]
+  std::vector<std::int32_t> segments;       // [batch][key]; empty without segment ids
+  std::vector<SegmentRange> tile_segments;  // [batch][tile]
   std::int64_t tile_keys = 1;
-  std::int64_t head_bytes = 0;                 // of one (batch row, KV head)
-  Parcel packed;                               // [batch][num_kv_heads][head_bytes]
+  std::int64_t head_bytes = 0;  // of one (batch row, KV head)
+  Parcel packed;                // [batch][num_kv_heads][head_bytes]
 
   [[nodiscard]] std::int64_t num_keys() const { return rows.size(); }
   [[nodiscard]] TokenSide side(std::int64_t batch) const;
   // Of keys [begin, begin + count), begin a multiple of tile_keys.
-  [[nodiscard]] SegmentRange segment_range(std::int64_t batch, std::int64_t begin, std::int64_t count) const;
+  [[nodiscard]] SegmentRange segment_range(std::int64_t batch, std::int64_t begin,
+                                           std::int64_t count) const;
 };
 
 // Everything but the packed keys; segments as a dense [batch][key] in the order of rows.
-KeyBlock describe_keys(const ForwardKernel& kernel, const Problem& problem, Rows rows, std::vector<std::int32_t> segments);
+KeyBlock describe_keys(const ForwardKernel& kernel, const Problem& problem, Rows rows,
+                       std::vector<std::int32_t> segments);
 
 // Segment ids [batch][row] of some rows of a view, in their order; empty without segment ids.
-std::vector<std::int32_t> segments_of(const Problem& problem, const TensorView& ids, const Rows& rows);
+std::vector<std::int32_t> segments_of(const Problem& problem, const TensorView& ids,
+                                      const Rows& rows);
 
-std::int64_t packed_block_bytes(const ForwardKernel& kernel, const Problem& problem, std::int64_t num_keys);
+std::int64_t packed_block_bytes(const ForwardKernel& kernel, const Problem& problem,
+                                std::int64_t num_keys);
 
 // Packs the problem's k and v on the executor's threads.
-Parcel pack_keys(const ForwardKernel& kernel, const Problem& problem, const Rows& rows, Executor& executor);
+Parcel pack_keys(const ForwardKernel& kernel, const Problem& problem, const Rows& rows,
+                 Executor& executor);
 
 }  // namespace annulus

@@ -12,7 +12,6 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-
 std::int64_t elements(const TensorView& t) {
   std::int64_t n = 1;
   for (const std::int64_t extent : t.shape) {
@@ -30,10 +29,12 @@ class Checker {
     if (!ok) fail(operation_, parts...);
   }
 
-  void tensor(const char* what, const TensorView& t, const std::array<std::int64_t, 4>& expected) const {
-    require(std::all_of(t.shape.begin(), t.shape.end(), [](std::int64_t n) { return n >= 0; }), what, " has a negative extent in ",
-            to_string(t.shape));
-    require(t.shape == expected, what, " has shape ", to_string(t.shape), ", expected ", to_string(expected));
+  void tensor(const char* what, const TensorView& t,
+              const std::array<std::int64_t, 4>& expected) const {
+    require(std::all_of(t.shape.begin(), t.shape.end(), [](std::int64_t n) { return n >= 0; }),
+            what, " has a negative extent in ", to_string(t.shape));
+    require(t.shape == expected, what, " has shape ", to_string(t.shape), ", expected ",
+            to_string(expected));
     const bool needs_data = elements(t) > 0 && writes_;
     require(!needs_data || t.data != nullptr, what, " has no data");
   }
@@ -46,11 +47,12 @@ class Checker {
   }
 
   // Extent 1 is broadcast on the first two axes.
-  void broadcast(const char* what, TensorView& t, std::int64_t batch, std::int64_t heads, std::int64_t q_rows,
-                 std::int64_t kv_len) const {
-    require((t.shape[0] == batch || t.shape[0] == 1) && (t.shape[1] == heads || t.shape[1] == 1) && t.shape[2] == q_rows &&
-                t.shape[3] == kv_len,
-            what, " has shape ", to_string(t.shape), ", expected [", batch, " or 1, ", heads, " or 1, ", q_rows, ", ", kv_len, "]");
+  void broadcast(const char* what, TensorView& t, std::int64_t batch, std::int64_t heads,
+                 std::int64_t q_rows, std::int64_t kv_len) const {
+    require((t.shape[0] == batch || t.shape[0] == 1) && (t.shape[1] == heads || t.shape[1] == 1) &&
+                t.shape[2] == q_rows && t.shape[3] == kv_len,
+            what, " has shape ", to_string(t.shape), ", expected [", batch, " or 1, ", heads,
+            " or 1, ", q_rows, ", ", kv_len, "]");
     if (t.shape[0] == 1) t.strides[0] = 0;
     if (t.shape[1] == 1) t.strides[1] = 0;
   }
@@ -73,23 +75,30 @@ Extent extent_of(const TensorView& t) {
   }
   const auto base = reinterpret_cast<std::uintptr_t>(t.data);
   const std::int64_t size = size_bytes(t.dtype);
-  return {base + static_cast<std::uintptr_t>(low * size), base + static_cast<std::uintptr_t>((high + 1) * size)};
+  return {base + static_cast<std::uintptr_t>(low * size),
+          base + static_cast<std::uintptr_t>((high + 1) * size)};
 }
 
 void check_outputs(const Checker& check, const Problem& p) {
   const TensorView out = p.out, lse = p.lse;
-  for (const auto& [name_of, t] : {std::pair<const char*, const TensorView&>{"out", out}, {"lse", lse}}) {
+  for (const auto& [name_of, t] :
+       {std::pair<const char*, const TensorView&>{"out", out}, {"lse", lse}}) {
     for (std::size_t axis = 0; axis < 4; ++axis) {
-      check.require(t.shape[axis] <= 1 || t.strides[axis] != 0 || elements(t) == 0, name_of, " has stride 0 on axis ", axis, ": rows would overwrite each other");
+      check.require(t.shape[axis] <= 1 || t.strides[axis] != 0 || elements(t) == 0, name_of,
+                    " has stride 0 on axis ", axis, ": rows would overwrite each other");
     }
   }
-  const auto apart = [&](const char* a_name, const TensorView& a, const char* b_name, const TensorView& b) {
+  const auto apart = [&](const char* a_name, const TensorView& a, const char* b_name,
+                         const TensorView& b) {
     const Extent x = extent_of(a), y = extent_of(b);
-    check.require(x.first == x.last || y.first == y.last || x.last <= y.first || y.last <= x.first, a_name, " overlaps ",
-                  b_name, " in memory: pass separate tensors");
+    check.require(x.first == x.last || y.first == y.last || x.last <= y.first || y.last <= x.first,
+                  a_name, " overlaps ", b_name, " in memory: pass separate tensors");
   };
   apart("out", out, "lse", lse);
-  for (const auto& [name_of, t] : {std::pair<const char*, const TensorView&>{"q", p.q}, {"k", p.k}, {"v", p.v}, {"bias", p.bias}}) {
+  for (const auto& [name_of, t] : {std::pair<const char*, const TensorView&>{"q", p.q},
+                                   {"k", p.k},
+                                   {"v", p.v},
+                                   {"bias", p.bias}}) {
     apart("out", out, name_of, t);
     apart("lse", lse, name_of, t);
   }
@@ -105,11 +114,11 @@ void check_tensors(const Checker& check, Problem& p) {
   check.tensor("q", p.q, {p.batch, rows, p.num_heads, p.dims.head_dim});
   check.tensor("k", p.k, {p.batch, keys, p.num_kv_heads, p.dims.head_dim});
   check.tensor("v", p.v, {p.batch, keys, p.num_kv_heads, p.dims.v_head_dim});
-  check.require(p.dims.head_dim > 0 && p.dims.v_head_dim > 0, "head_dim is ", p.dims.head_dim, " and v_head_dim ",
-                p.dims.v_head_dim, ", expected at least 1");
+  check.require(p.dims.head_dim > 0 && p.dims.v_head_dim > 0, "head_dim is ", p.dims.head_dim,
+                " and v_head_dim ", p.dims.v_head_dim, ", expected at least 1");
   if (p.num_heads > 0) {
-    check.require(p.num_kv_heads > 0 && p.num_heads % p.num_kv_heads == 0, "num_heads (", p.num_heads,
-                  ") is not a multiple of num_kv_heads (", p.num_kv_heads, ")");
+    check.require(p.num_kv_heads > 0 && p.num_heads % p.num_kv_heads == 0, "num_heads (",
+                  p.num_heads, ") is not a multiple of num_kv_heads (", p.num_kv_heads, ")");
     p.group = p.num_heads / p.num_kv_heads;
   }
   check.dtype("out", p.out.dtype, {p.q.dtype, DType::kFloat32});
@@ -121,11 +130,14 @@ void check_tensors(const Checker& check, Problem& p) {
 }
 
 // One mask per head if they differ, else one.
-std::vector<Mask> position_masks(const Checker& check, const Problem& p, const AttentionOptions& o) {
+std::vector<Mask> position_masks(const Checker& check, const Problem& p,
+                                 const AttentionOptions& o) {
   check.require(o.chunk_size >= 0, "chunk_size is ", o.chunk_size, ", expected at least 0");
   const std::int64_t left = o.sliding_window.left, right = o.sliding_window.right;
-  check.require(left >= -1 && right >= -1, "sliding_window is (", left, ", ", right, "), expected -1 (unlimited) or more");
-  const std::int64_t shift = o.causal_alignment == CausalAlignment::kBottomRight ? p.kv_len - p.q_len : 0;
+  check.require(left >= -1 && right >= -1, "sliding_window is (", left, ", ", right,
+                "), expected -1 (unlimited) or more");
+  const std::int64_t shift =
+      o.causal_alignment == CausalAlignment::kBottomRight ? p.kv_len - p.q_len : 0;
   Mask common;
   if (o.causal) common = common & Mask::causal(shift);
   if (left >= 0 || right >= 0) common = common & Mask::sliding_window(left, right, shift);
@@ -138,16 +150,21 @@ std::vector<Mask> position_masks(const Checker& check, const Problem& p, const A
   return masks;
 }
 
-void set_segments(const Checker& check, Problem& p, const AttentionOptions& o, Visibility::Rules& rules) {
+void set_segments(const Checker& check, Problem& p, const AttentionOptions& o,
+                  Visibility::Rules& rules) {
   p.q_segment_ids = o.q_segment_ids, p.kv_segment_ids = o.kv_segment_ids;
   const bool one = static_cast<bool>(p.q_segment_ids) != static_cast<bool>(p.kv_segment_ids);
   if (one) {
-    check.require(p.q_len == p.kv_len, "only one of q_segment_ids and kv_segment_ids is given, which serves both only if q_len (",
-                  p.q_len, ") equals kv_len (", p.kv_len, ")");
-    (p.q_segment_ids ? p.kv_segment_ids : p.q_segment_ids) = p.q_segment_ids ? p.q_segment_ids : p.kv_segment_ids;
+    check.require(
+        p.q_len == p.kv_len,
+        "only one of q_segment_ids and kv_segment_ids is given, which serves both only if q_len (",
+        p.q_len, ") equals kv_len (", p.kv_len, ")");
+    (p.q_segment_ids ? p.kv_segment_ids : p.q_segment_ids) =
+        p.q_segment_ids ? p.q_segment_ids : p.kv_segment_ids;
   }
   rules.segments = static_cast<bool>(p.q_segment_ids);
-  check.require(rules.segments || !o.padding_segment_id, "padding_segment_id is given without segment ids");
+  check.require(rules.segments || !o.padding_segment_id,
+                "padding_segment_id is given without segment ids");
   if (!rules.segments) return;
   check.dtype("q_segment_ids", p.q_segment_ids.dtype, {DType::kInt32});
   check.dtype("kv_segment_ids", p.kv_segment_ids.dtype, {DType::kInt32});
@@ -164,7 +181,8 @@ void set_visibility(const Checker& check, Problem& p, const AttentionOptions& o)
     check.dtype("kv_lengths", o.kv_lengths.dtype, {DType::kInt32});
     check.tensor("kv_lengths", o.kv_lengths, {p.batch, 1, 1, 1});
     for (std::int64_t b = 0; b < p.batch; ++b) {
-      const auto length = static_cast<std::int64_t>(load_element(DType::kInt32, o.kv_lengths.at(b, 0, 0, 0)));
+      const auto length =
+          static_cast<std::int64_t>(load_element(DType::kInt32, o.kv_lengths.at(b, 0, 0, 0)));
       check.require(length >= 0, "kv_lengths[", b, "] is ", length, ", expected at least 0");
       rules.kv_lengths.push_back(length);
     }
@@ -172,20 +190,22 @@ void set_visibility(const Checker& check, Problem& p, const AttentionOptions& o)
   if (o.attention_mask) {
     rules.attention_mask = o.attention_mask;
     check.dtype("attention_mask", o.attention_mask.dtype, {DType::kBool, DType::kUInt8});
-    check.broadcast("attention_mask", rules.attention_mask, p.batch, p.num_heads, p.q.shape[1], p.kv_len);
+    check.broadcast("attention_mask", rules.attention_mask, p.batch, p.num_heads, p.q.shape[1],
+                    p.kv_len);
   }
   p.visibility = Visibility(std::move(rules));
 }
 
 // softmax_aux -> one number per head.
 std::vector<float> head_sinks(const Checker& check, const Problem& p, const TensorView& aux) {
-  std::vector<float> sinks(static_cast<std::size_t>(p.num_heads), -std::numeric_limits<float>::infinity());
+  std::vector<float> sinks(static_cast<std::size_t>(p.num_heads),
+                           -std::numeric_limits<float>::infinity());
   if (!aux) return sinks;
   check.dtype("softmax_aux", aux.dtype, {DType::kFloat32});
   const std::int64_t rows = aux.shape[0], columns = aux.shape[1];
   const bool rank_one = columns == 0, per_head = !rank_one || rows == p.num_heads;
-  check.require(rank_one || rows == p.num_heads, "softmax_aux has shape [", rows, ", ", columns, "], expected [num_heads = ",
-                p.num_heads, ", n], [num_heads] or [num_sinks]");
+  check.require(rank_one || rows == p.num_heads, "softmax_aux has shape [", rows, ", ", columns,
+                "], expected [num_heads = ", p.num_heads, ", n], [num_heads] or [num_sinks]");
   for (std::int64_t h = 0; h < p.num_heads; ++h) {
     const std::int64_t n = rank_one ? (per_head ? 1 : rows) : columns;
     double top = -kInfinity, sum = 0;
@@ -193,29 +213,35 @@ std::vector<float> head_sinks(const Checker& check, const Problem& p, const Tens
       const std::byte* at = rank_one ? aux.at(per_head ? h : i, 0, 0, 0) : aux.at(h, i, 0, 0);
       return load_element(DType::kFloat32, at);
     };
-    for (std::int64_t i = 0; i < n; ++i) top = std::isnan(sink(i)) ? sink(i) : std::max(top, sink(i));
+    for (std::int64_t i = 0; i < n; ++i)
+      top = std::isnan(sink(i)) ? sink(i) : std::max(top, sink(i));
     for (std::int64_t i = 0; i < n; ++i) sum += top == -kInfinity ? 0 : std::exp(sink(i) - top);
-    sinks[static_cast<std::size_t>(h)] = static_cast<float>(top == -kInfinity ? -kInfinity : top + std::log(sum));
+    sinks[static_cast<std::size_t>(h)] =
+        static_cast<float>(top == -kInfinity ? -kInfinity : top + std::log(sum));
   }
   return sinks;
 }
 
 }  // namespace
 
-Problem make_problem(const std::string& operation, const TensorView& q, const TensorView& k, const TensorView& v,
-                     const MutableTensorView& out, const MutableTensorView& lse, const AttentionOptions& options,
+Problem make_problem(const std::string& operation, const TensorView& q, const TensorView& k,
+                     const TensorView& v, const MutableTensorView& out,
+                     const MutableTensorView& lse, const AttentionOptions& options,
                      std::int64_t q_len, std::int64_t kv_len, bool writes) {
   const Checker check(operation, writes);
   Problem p;
   p.q = q, p.k = k, p.v = v, p.out = out, p.lse = lse, p.q_len = q_len, p.kv_len = kv_len;
   check_tensors(check, p);
   set_visibility(check, p, options);
-  const double scale = options.softmax_scale.value_or(1 / std::sqrt(static_cast<double>(p.dims.head_dim)));
+  const double scale =
+      options.softmax_scale.value_or(1 / std::sqrt(static_cast<double>(p.dims.head_dim)));
   check.require(std::isfinite(scale), "softmax_scale is ", scale, ", expected a finite number");
-  check.require(options.logits_soft_cap >= 0 && std::isfinite(options.logits_soft_cap), "logits_soft_cap is ",
-                options.logits_soft_cap, ", expected a positive number, or 0 for none");
+  check.require(options.logits_soft_cap >= 0 && std::isfinite(options.logits_soft_cap),
+                "logits_soft_cap is ", options.logits_soft_cap,
+                ", expected a positive number, or 0 for none");
   check.require(options.threads >= 0, "threads is ", options.threads, ", expected at least 0");
-  p.rule = {static_cast<float>(scale), static_cast<float>(options.logits_soft_cap), static_cast<bool>(options.bias)};
+  p.rule = {static_cast<float>(scale), static_cast<float>(options.logits_soft_cap),
+            static_cast<bool>(options.bias)};
   if (options.bias) {
     p.bias = options.bias;
     check.dtype("bias", p.bias.dtype, {DType::kFloat32, q.dtype});
@@ -230,7 +256,8 @@ std::string describe_mask(const Problem& problem) {
   const Visibility::Rules& rules = problem.visibility.rules();
   std::string text = rules.masks.size() > 1 ? "one mask per head, the first: " : "";
   std::vector<std::string> parts;
-  if (rules.masks.empty() || !rules.masks[0].is_full()) parts.push_back(rules.masks.empty() ? "full" : rules.masks[0].describe());
+  if (rules.masks.empty() || !rules.masks[0].is_full())
+    parts.push_back(rules.masks.empty() ? "full" : rules.masks[0].describe());
   if (rules.segments) parts.emplace_back("same segment");
   if (!rules.kv_lengths.empty()) parts.emplace_back("kv_lengths");
   if (rules.attention_mask) parts.emplace_back("attention_mask");
@@ -241,9 +268,12 @@ std::string describe_mask(const Problem& problem) {
 
 std::vector<std::string> signature(const Problem& p, const AttentionOptions& o) {
   std::vector<std::string> fields;
-  const auto add = [&](const char* field, const auto& value) { fields.push_back(concat(field, "=", value)); };
+  const auto add = [&](const char* field, const auto& value) {
+    fields.push_back(concat(field, "=", value));
+  };
   add("batch", p.batch), add("num_heads", p.num_heads), add("num_kv_heads", p.num_kv_heads);
-  add("head_dim", p.dims.head_dim), add("v_head_dim", p.dims.v_head_dim), add("dtype", name(p.q.dtype));
+  add("head_dim", p.dims.head_dim), add("v_head_dim", p.dims.v_head_dim),
+      add("dtype", name(p.q.dtype));
   add("softmax_scale", p.rule.scale), add("logits_soft_cap", p.rule.cap), add("bias", p.rule.bias);
   add("mask", describe_mask(p)), add("softmax_aux", static_cast<bool>(o.softmax_aux));
   add("padding_segment_id", o.padding_segment_id ? std::to_string(*o.padding_segment_id) : "none");

@@ -16,8 +16,12 @@ Rows rows_of(const Partition& partition, bool whole, int rank, int world_size, s
 
 }  // namespace
 
-Rows Deal::q_rows(int rank) const { return rows_of(*q_partition, whole_tensors, rank, world_size, q_len); }
-Rows Deal::kv_rows(int rank) const { return rows_of(*kv_partition, whole_tensors, rank, world_size, kv_len); }
+Rows Deal::q_rows(int rank) const {
+  return rows_of(*q_partition, whole_tensors, rank, world_size, q_len);
+}
+Rows Deal::kv_rows(int rank) const {
+  return rows_of(*kv_partition, whole_tensors, rank, world_size, kv_len);
+}
 
 std::vector<Direction> directions_of(Topology topology) {
   if (topology == Topology::kRing) return {{1, true}};
@@ -30,18 +34,25 @@ int threads_of(const AttentionOptions& options, int workers) {
   return std::max(1, allowed_cpus() / workers);
 }
 
-std::int64_t RankCosts::total() const { return std::accumulate(pairs.begin(), pairs.end(), std::int64_t{0}); }
+std::int64_t RankCosts::total() const {
+  return std::accumulate(pairs.begin(), pairs.end(), std::int64_t{0});
+}
 
-RankCosts rank_costs(const ForwardKernel& kernel, const Problem& problem, const Deal& deal, int rank, int threads) {
+RankCosts rank_costs(const ForwardKernel& kernel, const Problem& problem, const Deal& deal,
+                     int rank, int threads) {
   const Rows rows = deal.q_rows(rank);
   const std::vector<std::int32_t> segments = segments_of(problem, problem.q_segment_ids, rows);
-  const std::vector<Item> items = make_items(make_forward_layout(kernel, problem, rows.size(), threads, false), problem, kernel);
+  const std::vector<Item> items = make_items(
+      make_forward_layout(kernel, problem, rows.size(), threads, false), problem, kernel);
   RankCosts costs;
   for (int owner = 0; owner < deal.world_size; ++owner) {
     Rows keys = deal.kv_rows(owner);
     std::vector<std::int32_t> ids = deal.kv_segments(owner, keys);
-    costs.item_pairs.push_back(count_item_pairs(problem, items, rows, segments, describe_keys(kernel, problem, std::move(keys), std::move(ids))));
-    costs.pairs.push_back(std::accumulate(costs.item_pairs.back().begin(), costs.item_pairs.back().end(), std::int64_t{0}));
+    costs.item_pairs.push_back(
+        count_item_pairs(problem, items, rows, segments,
+                         describe_keys(kernel, problem, std::move(keys), std::move(ids))));
+    costs.pairs.push_back(std::accumulate(costs.item_pairs.back().begin(),
+                                          costs.item_pairs.back().end(), std::int64_t{0}));
   }
   return costs;
 }
@@ -49,7 +60,8 @@ RankCosts rank_costs(const ForwardKernel& kernel, const Problem& problem, const 
 int computed_blocks(const RankSchedule& schedule) {
   int blocks = 0;
   for (const auto& step : schedule) {
-    blocks += static_cast<int>(std::count_if(step.begin(), step.end(), [](const Visit& visit) { return visit.compute; }));
+    blocks += static_cast<int>(
+        std::count_if(step.begin(), step.end(), [](const Visit& visit) { return visit.compute; }));
   }
   return blocks;
 }

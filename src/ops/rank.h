@@ -1,5 +1,5 @@
-// What one rank needs to know before it computes: who owns which rows, what each block costs it, how blocks travel.
-// Found in the same way by a running rank and by explain().
+// What one rank needs to know before it computes: who owns which rows, what each block costs it,
+// how blocks travel. Found in the same way by a running rank and by explain().
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,8 @@ struct RankCosts {
   std::vector<std::int64_t> pairs;                    // [owner]
   [[nodiscard]] std::int64_t total() const;
 };
-RankCosts rank_costs(const ForwardKernel& kernel, const Problem& problem, const Deal& deal, int rank, int threads);
+RankCosts rank_costs(const ForwardKernel& kernel, const Problem& problem, const Deal& deal,
+                     int rank, int threads);
 
 // Number of blocks that a rank computes with.
 int computed_blocks(const RankSchedule& schedule);

@@ -59,9 +59,11 @@ void require_agreement(const std::vector<Parcel>& parts) {
     if (other == first) continue;
     std::string differences;
     for (std::size_t i = 0; i < std::min(first.size(), other.size()); ++i) {
-      if (first[i] != other[i]) differences += concat(" rank 0: ", first[i], ", rank ", rank, ": ", other[i], ";");
+      if (first[i] != other[i])
+        differences += concat(" rank 0: ", first[i], ", rank ", rank, ": ", other[i], ";");
     }
-    throw CommError(ErrorCode::kPeerMismatch, "ring_attention: the ranks disagree:" + differences, static_cast<int>(rank),
+    throw CommError(ErrorCode::kPeerMismatch, "ring_attention: the ranks disagree:" + differences,
+                    static_cast<int>(rank),
                     "pass the same shapes, dtypes and options on every rank");
   }
 }
@@ -70,8 +72,14 @@ void require_agreement(const std::vector<Parcel>& parts) {
 class RingRank {
  public:
   RingRank(Communicator& comm, const Problem& problem, const RingOptions& options, const Deal& deal)
-      : comm_(comm), problem_(problem), options_(options), deal_(deal), recorder_(options.attention.recorder),
-        kernel_(choose_forward(problem.q.dtype, options.attention.isa)), rank_(comm.rank()), call_(comm.next_call()),
+      : comm_(comm),
+        problem_(problem),
+        options_(options),
+        deal_(deal),
+        recorder_(options.attention.recorder),
+        kernel_(choose_forward(problem.q.dtype, options.attention.isa)),
+        rank_(comm.rank()),
+        call_(comm.next_call()),
         executor_(threads_of(options.attention, comm.world_size())) {}
 
   CallSummary run() {
@@ -82,13 +90,15 @@ class RingRank {
     pack();
     const Rows rows = deal_.q_rows(rank_);
     const int blocks = computed_blocks(schedule);
-    ForwardPass pass(kernel_, problem_, rows, segments_of(problem_, problem_.q_segment_ids, rows), executor_, blocks > 1, [this] {
-      comm_.progress();
-      comm_.check_alive();
-    });
+    ForwardPass pass(kernel_, problem_, rows, segments_of(problem_, problem_.q_segment_ids, rows),
+                     executor_, blocks > 1, [this] {
+                       comm_.progress();
+                       comm_.check_alive();
+                     });
     int left = blocks;
     for (std::size_t step = 0; step < schedule.size(); ++step) {
-      for (const Visit& visit : schedule[step]) take(visit, static_cast<int>(step), pass, blocks, left);
+      for (const Visit& visit : schedule[step])
+        take(visit, static_cast<int>(step), pass, blocks, left);
     }
     if (blocks == 0) pass.attend_block(nullptr, {}, true, true);
     return summary();
@@ -97,14 +107,16 @@ class RingRank {
  private:
   RankSchedule agree_on_schedule() {
     std::vector<std::byte> mine(costs_.pairs.size());
-    for (std::size_t owner = 0; owner < mine.size(); ++owner) mine[owner] = static_cast<std::byte>(costs_.pairs[owner] > 0);
+    for (std::size_t owner = 0; owner < mine.size(); ++owner)
+      mine[owner] = static_cast<std::byte>(costs_.pairs[owner] > 0);
     std::vector<std::vector<bool>> needs;
     for (const Parcel& part : comm_.all_gather(std::move(mine))) {
       std::vector<bool> row;
       for (const std::byte b : part.bytes) row.push_back(b != std::byte{0});
       needs.push_back(std::move(row));
     }
-    return make_ring_schedule(comm_.world_size(), needs, directions_of(options_.topology))[static_cast<std::size_t>(rank_)];
+    return make_ring_schedule(comm_.world_size(), needs,
+                              directions_of(options_.topology))[static_cast<std::size_t>(rank_)];
   }
 
   void pack() {
@@ -123,7 +135,8 @@ class RingRank {
       sending.stop(bytes);
       bytes_sent_ += bytes;
     }
-    Stopwatch computing(recorder_, visit.compute ? EventKind::kCompute : EventKind::kSkip, rank_, step, visit.owner);
+    Stopwatch computing(recorder_, visit.compute ? EventKind::kCompute : EventKind::kSkip, rank_,
+                        step, visit.owner);
     std::int64_t pairs = 0;
     if (visit.compute) {
       Rows rows = deal_.kv_rows(visit.owner);
@@ -131,7 +144,8 @@ class RingRank {
       KeyBlock keys = describe_keys(kernel_, problem_, std::move(rows), std::move(segments));
       keys.packed = std::move(packed);
       const bool first = left == blocks, last = --left == 0;
-      pairs = pass.attend_block(&keys, costs_.item_pairs[static_cast<std::size_t>(visit.owner)], first, last);
+      pairs = pass.attend_block(&keys, costs_.item_pairs[static_cast<std::size_t>(visit.owner)],
+                                first, last);
       pairs_computed_ += pairs;
     } else {
       ++skipped_;
@@ -140,18 +154,20 @@ class RingRank {
   }
 
   Parcel receive(const Visit& visit, int step) {
-    const std::int64_t bytes = packed_block_bytes(kernel_, problem_, deal_.kv_rows(visit.owner).size());
+    const std::int64_t bytes =
+        packed_block_bytes(kernel_, problem_, deal_.kv_rows(visit.owner).size());
     Stopwatch waiting(recorder_, EventKind::kWait, rank_, step, visit.from);
     Parcel parcel = comm_.receive(visit.from, {call_, step, visit.owner, bytes});
     waiting.stop(bytes);
     return parcel;
   }
 
-  // The ledger: what the tiles held against what the mask says. A hop dropped, doubled or stale shows here.
+  // The ledger: what the tiles held against what the mask says. A hop dropped, doubled or stale
+  // shows here.
   [[nodiscard]] CallSummary summary() const {
     if (pairs_computed_ != costs_.total()) {
-      fail<InternalError>("ring_attention", "rank ", rank_, " computed ", pairs_computed_, " visible pairs, the mask has ",
-                          costs_.total(), "; please report this");
+      fail<InternalError>("ring_attention", "rank ", rank_, " computed ", pairs_computed_,
+                          " visible pairs, the mask has ", costs_.total(), "; please report this");
     }
     CallSummary result;
     result.target = kernel_.target, result.arithmetic = kernel_.arithmetic;
@@ -183,33 +199,38 @@ const Partition& kv_partition_of(const RingOptions& options) {
 
 inline namespace v1 {
 
-CallSummary ring_attention(Communicator& comm, const TensorView& q, const TensorView& k, const TensorView& v,
-                           const MutableTensorView& out, const MutableTensorView& lse, const RingOptions& options) {
+CallSummary ring_attention(Communicator& comm, const TensorView& q, const TensorView& k,
+                           const TensorView& v, const MutableTensorView& out,
+                           const MutableTensorView& lse, const RingOptions& options) {
   const int world = comm.world_size(), rank = comm.rank();
   // Lengths first: masks and alignment speak of the whole sequence.
   std::int64_t q_len = 0, kv_len = 0;
   std::vector<std::array<std::int64_t, 2>> lengths;
-  for (const Parcel& part : comm.all_gather(bytes_of(std::string(reinterpret_cast<const char*>(&q.shape[1]), 8) +
-                                                     std::string(reinterpret_cast<const char*>(&k.shape[1]), 8)))) {
+  for (const Parcel& part :
+       comm.all_gather(bytes_of(std::string(reinterpret_cast<const char*>(&q.shape[1]), 8) +
+                                std::string(reinterpret_cast<const char*>(&k.shape[1]), 8)))) {
     lengths.emplace_back();
     std::memcpy(lengths.back().data(), part.bytes.data(), 16);
     q_len += lengths.back()[0], kv_len += lengths.back()[1];
   }
-  const Problem problem = make_problem("ring_attention", q, k, v, out, lse, options.attention, q_len, kv_len);
+  const Problem problem =
+      make_problem("ring_attention", q, k, v, out, lse, options.attention, q_len, kv_len);
   const Partition& kv_partition = kv_partition_of(options);
   options.partition.check(world, q_len);
   kv_partition.check(world, kv_len);
   for (const auto& [tensor, partition, have, len] :
-       {std::tuple{"q", &options.partition, q.shape[1], q_len}, std::tuple{"k", &kv_partition, k.shape[1], kv_len}}) {
+       {std::tuple{"q", &options.partition, q.shape[1], q_len},
+        std::tuple{"k", &kv_partition, k.shape[1], kv_len}}) {
     const std::int64_t expected = partition->local_len(rank, world, len);
     if (have != expected) {
-      fail("ring_attention", tensor, " on rank ", rank, " has ", have, " rows, expected ", expected, " of ", len, " by partition '",
-           partition->name(), "'");
+      fail("ring_attention", tensor, " on rank ", rank, " has ", have, " rows, expected ", expected,
+           " of ", len, " by partition '", partition->name(), "'");
     }
   }
   std::string text;
   for (const std::string& field : signature(problem, options.attention)) text += field + "\n";
-  text += concat("partition=", options.partition.name(), "\nkv_partition=", kv_partition.name(), "\n");
+  text +=
+      concat("partition=", options.partition.name(), "\nkv_partition=", kv_partition.name(), "\n");
   text += concat("topology=", static_cast<int>(options.topology), "\n");
   text += concat("target=", choose_forward(q.dtype, options.attention.isa).target, "\n");
   require_agreement(comm.all_gather(bytes_of(text)));
@@ -218,7 +239,8 @@ CallSummary ring_attention(Communicator& comm, const TensorView& q, const Tensor
   const Rows own = deal.kv_rows(rank);
   const std::vector<std::int32_t> mine = segments_of(problem, problem.kv_segment_ids, own);
   const auto* begin = reinterpret_cast<const std::byte*>(mine.data());
-  const std::vector<Parcel> ids = comm.all_gather({begin, begin + mine.size() * sizeof(std::int32_t)});
+  const std::vector<Parcel> ids =
+      comm.all_gather({begin, begin + mine.size() * sizeof(std::int32_t)});
   deal.kv_segments = [&ids](int owner, const Rows&) {
     const Parcel& part = ids[static_cast<std::size_t>(owner)];
     std::vector<std::int32_t> segments(part.bytes.size() / sizeof(std::int32_t));
@@ -228,26 +250,34 @@ CallSummary ring_attention(Communicator& comm, const TensorView& q, const Tensor
   return RingRank(comm, problem, options, deal).run();
 }
 
-std::vector<CallSummary> ring_attention(int workers, const TensorView& q, const TensorView& k, const TensorView& v,
-                                        const MutableTensorView& out, const MutableTensorView& lse, const RingOptions& options) {
+std::vector<CallSummary> ring_attention(int workers, const TensorView& q, const TensorView& k,
+                                        const TensorView& v, const MutableTensorView& out,
+                                        const MutableTensorView& lse, const RingOptions& options) {
   if (workers < 1) fail("ring_attention", "workers is ", workers, ", expected at least 1");
   const std::int64_t q_len = q.shape[1], kv_len = k.shape[1];
-  const Problem problem = make_problem("ring_attention", q, k, v, out, lse, options.attention, q_len, kv_len);
+  const Problem problem =
+      make_problem("ring_attention", q, k, v, out, lse, options.attention, q_len, kv_len);
   const Partition& kv_partition = kv_partition_of(options);
   options.partition.check(workers, q_len);
   kv_partition.check(workers, kv_len);
-  const Deal deal{workers, &options.partition, &kv_partition, q_len, kv_len, true, [&](int, const Rows& rows) {
-                    return segments_of(problem, problem.kv_segment_ids, rows);
-                  }};
+  const Deal deal{
+      workers, &options.partition, &kv_partition, q_len, kv_len, true, [&](int, const Rows& rows) {
+        return segments_of(problem, problem.kv_segment_ids, rows);
+      }};
   std::vector<CallSummary> summaries(static_cast<std::size_t>(workers));
-  run_workers(workers, [&](Communicator& comm) {
-    summaries[static_cast<std::size_t>(comm.rank())] = RingRank(comm, problem, options, deal).run();
-  }, options.workers);
+  run_workers(
+      workers,
+      [&](Communicator& comm) {
+        summaries[static_cast<std::size_t>(comm.rank())] =
+            RingRank(comm, problem, options, deal).run();
+      },
+      options.workers);
   return summaries;
 }
 
-CallSummary attention(const TensorView& q, const TensorView& k, const TensorView& v, const MutableTensorView& out,
-                      const MutableTensorView& lse, const AttentionOptions& options) {
+CallSummary attention(const TensorView& q, const TensorView& k, const TensorView& v,
+                      const MutableTensorView& out, const MutableTensorView& lse,
+                      const AttentionOptions& options) {
   RingOptions ring;
   ring.attention = options;
   ring.workers.timeout_s = std::numeric_limits<double>::infinity();  // nobody to wait for
