@@ -3,9 +3,9 @@ find_package(rapidcheck REQUIRED)
 find_package(Python3 REQUIRED COMPONENTS Interpreter)
 
 # Under a sanitizer a test may divide its rounds and sizes by the scale.
-set(test_scale 1)
+set(test_definitions ANNULUS_TEST_SCALE=1)
 if(ANNULUS_SANITIZE)
-  set(test_scale 10)
+  set(test_definitions ANNULUS_TEST_SCALE=10 ANNULUS_SANITIZED)
 endif()
 
 file(GLOB_RECURSE test_sources CONFIGURE_DEPENDS src/*_test.cc tools/*_test.cc tests/*_test.cc)
@@ -21,7 +21,7 @@ foreach(source IN LISTS test_sources)
   endif()
   add_executable(${test} ${source})
   target_compile_options(${test} PRIVATE ${ANNULUS_WARNINGS})
-  target_compile_definitions(${test} PRIVATE ANNULUS_TEST_SCALE=${test_scale} $<$<BOOL:${ANNULUS_SANITIZE}>:ANNULUS_SANITIZED>
+  target_compile_definitions(${test} PRIVATE ${test_definitions}
     ANNULUS_EXAMPLE_DATA="${PROJECT_SOURCE_DIR}/examples/data")
   target_include_directories(${test} PRIVATE src tests)
   target_link_libraries(${test} PRIVATE annulus GTest::gtest_main fmt::fmt nlohmann_json::nlohmann_json rapidcheck

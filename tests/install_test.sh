@@ -4,7 +4,7 @@
 #   install_test.sh BUILD_DIR SOURCE_DIR CXX
 set -euo pipefail
 
-build=$1 source=$2 cxx=$3
+build=$(realpath "$1") source=$(realpath "$2") cxx=$3
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 

@@ -46,16 +46,16 @@ bool parse_bench(BenchArguments& arguments, int argc, char** argv) {
   app.footer(kExamples);
   const std::string group = "Benchmark";
   app.add_option("--suite", arguments.suite, "quick (default), kernels, ring, decode or all")
-      ->check(CLI::IsMember({"quick", "kernels", "ring", "decode", "all"}))
+      ->check(one_of({"quick", "kernels", "ring", "decode", "all"}))
       ->type_name("NAME")
       ->group(group);
   app.add_option("--threads", arguments.threads,
                  "of the rows with several threads [2]; of the one row [1]")
-      ->check(CLI::Range(1, 65536))
+      ->check(at_least_one())
       ->type_name("N")
       ->group(group);
   app.add_option("--repeat", arguments.repeat, "calls per row, at least 10 [10]")
-      ->check(CLI::Range(10, 65536))
+      ->check(at_least_ten())
       ->type_name("N")
       ->group(group);
   add_isa_option(app, options);

@@ -49,16 +49,16 @@ bool parse_check(CheckArguments& arguments, int argc, char** argv) {
       ->required();
   const std::string files = "Two files";
   app.add_option("--tolerance", arguments.tolerances.absolute, "largest absolute difference [0]")
-      ->check(CLI::NonNegativeNumber)
+      ->check(not_negative())
       ->type_name("X")
       ->group(files);
   app.add_option("--max-ulp", arguments.tolerances.ulp, "or so many steps of the coarser dtype [0]")
-      ->check(CLI::NonNegativeNumber)
+      ->check(not_negative())
       ->type_name("N")
       ->group(files);
   app.add_option("--rms-tolerance", arguments.tolerances.rms,
                  "largest rms difference [not looked at]")
-      ->check(CLI::NonNegativeNumber)
+      ->check(not_negative())
       ->type_name("X")
       ->group(files);
   app.add_flag("--any-dtype", arguments.tolerances.any_dtype, "compare numbers of different dtypes")
@@ -72,7 +72,7 @@ bool parse_check(CheckArguments& arguments, int argc, char** argv) {
                "compare out and lse in B with the formula on A")
       ->group(oracle);
   app.add_option("--rows", arguments.rows, "sampled rows per head [all]")
-      ->check(CLI::PositiveNumber)
+      ->check(at_least_one())
       ->type_name("ROWS")
       ->group(oracle);
   add_layout_options(app, options);

@@ -13,10 +13,15 @@ namespace {
 constexpr std::int64_t kMost = std::int64_t{1} << 48;  // larger extents are typing errors
 constexpr int kMostThreads = 65536;
 
-const CLI::Range kExtent(std::int64_t{0}, kMost);
-const CLI::Range kPositive(std::int64_t{1}, kMost);
-const CLI::Range kCount(1, kMostThreads);
-const CLI::IsMember kDTypes({"bf16", "f16", "f32", "bfloat16", "float16", "float32"});
+// Validators describe themselves in the help, at length; the text beside the option already says
+// it.
+template <class Validator>
+CLI::Validator unspoken(const Validator& validator) {
+  return CLI::Validator(validator).description("");
+}
+CLI::Validator extent() { return unspoken(CLI::Range(std::int64_t{0}, kMost)); }
+CLI::Validator positive() { return unspoken(CLI::Range(std::int64_t{1}, kMost)); }
+CLI::Validator thread_count() { return unspoken(CLI::Range(1, kMostThreads)); }
 
 std::int64_t integer_from(const std::string& option, const std::string& text) {
   std::int64_t value = 0;
@@ -64,6 +69,13 @@ void remember_given(const CLI::App& app, Options& options) {
 
 }  // namespace
 
+CLI::Validator one_of(const std::vector<std::string>& names) {
+  return unspoken(CLI::IsMember(names));
+}
+CLI::Validator at_least_ten() { return unspoken(CLI::Range(10, kMostThreads)); }
+CLI::Validator at_least_one() { return positive(); }
+CLI::Validator not_negative() { return unspoken(CLI::NonNegativeNumber); }
+
 bool Options::was_given(const std::string& name) const {
   return std::any_of(given.begin(), given.end(), [&](const auto& g) { return g.first == name; });
 }
@@ -72,7 +84,7 @@ void add_operation_options(CLI::App& app, Options& options) {
   const std::string group = "Operation";
   app.add_option("--op", options.op,
                  "attention (one call, or a ring with --workers > 1), spmd, joint or chunked")
-      ->check(CLI::IsMember({"attention", "spmd", "joint", "chunked"}))
+      ->check(one_of({"attention", "spmd", "joint", "chunked"}))
       ->type_name("NAME")
       ->group(group);
   app.add_flag("--backward", options.backward, "gradients of q, k, v, sinks for the tensor dout")
@@ -81,7 +93,7 @@ void add_operation_options(CLI::App& app, Options& options) {
   app.add_flag("--no-fused-backward", options.no_fused_backward, "two passes instead of one")
       ->group(group);
   app.add_option("--ring-backward", options.ring_backward, "what travels: auto, kv or q")
-      ->check(CLI::IsMember({"auto", "kv", "q"}))
+      ->check(one_of({"auto", "kv", "q"}))
       ->type_name("NAME")
       ->group(group);
 }
@@ -89,35 +101,35 @@ void add_operation_options(CLI::App& app, Options& options) {
 void add_shape_options(CLI::App& app, Options& options) {
   const std::string group = "Made inputs, N(0,1)";
   app.add_option("--batch", options.batch, "sequences [1]")
-      ->check(kExtent)
+      ->check(extent())
       ->type_name("N")
       ->group(group);
   app.add_option("--tokens", options.tokens, "queries per sequence [4096]")
-      ->check(kExtent)
+      ->check(extent())
       ->type_name("N")
       ->group(group);
   app.add_option("--kv-tokens", options.kv_tokens, "keys per sequence [as --tokens]")
-      ->check(kExtent)
+      ->check(extent())
       ->type_name("N")
       ->group(group);
   app.add_option("--heads", options.heads, "query heads [1]")
-      ->check(kExtent)
+      ->check(extent())
       ->type_name("N")
       ->group(group);
   app.add_option("--kv-heads", options.kv_heads, "key and value heads [as --heads]")
-      ->check(kExtent)
+      ->check(extent())
       ->type_name("N")
       ->group(group);
   app.add_option("--head-dim", options.head_dim, "of q and k [64]")
-      ->check(kPositive)
+      ->check(positive())
       ->type_name("N")
       ->group(group);
   app.add_option("--v-head-dim", options.v_head_dim, "of v and out [as --head-dim]")
-      ->check(kPositive)
+      ->check(positive())
       ->type_name("N")
       ->group(group);
   app.add_option("--dtype", options.dtype, "bf16, f16 or f32; long names too [bf16]")
-      ->check(kDTypes)
+      ->check(one_of({"bf16", "f16", "f32", "bfloat16", "float16", "float32"}))
       ->type_name("NAME")
       ->group(group);
   app.add_option("--seed", options.seed, "of the values [0]")->type_name("N")->group(group);
@@ -127,7 +139,7 @@ void add_layout_options(CLI::App& app, Options& options) {
   const std::string group = "Files";
   app.add_option("--layout", options.layout,
                  "of q, k, v, out in files: bshd, bhsd, or bhds (q and k [b,h,d,s], else bhsd)")
-      ->check(CLI::IsMember({"bshd", "bhsd", "bhds"}))
+      ->check(one_of({"bshd", "bhsd", "bhds"}))
       ->type_name("NAME")
       ->group(group);
   app.add_flag("--ignore-extra", options.ignore_extra,
@@ -139,25 +151,25 @@ void add_ring_options(CLI::App& app, Options& options) {
   const std::string group = "Ring";
   app.add_option("--workers", options.workers,
                  "threads of this process that form the ring [1, or ANNULUS_WORKERS]")
-      ->check(kCount)
+      ->check(thread_count())
       ->type_name("P")
       ->group(group);
   app.add_option("--threads-per-worker", options.threads_per_worker,
                  "[the allowed CPUs divided by the workers]")
-      ->check(kCount)
+      ->check(thread_count())
       ->type_name("N")
       ->group(group);
   app.add_option("--partition", options.partition,
                  "contiguous, striped, zigzag, or positions (tensors in INPUT)")
-      ->check(CLI::IsMember({"contiguous", "striped", "zigzag", "positions"}))
+      ->check(one_of({"contiguous", "striped", "zigzag", "positions"}))
       ->type_name("NAME")
       ->group(group);
   app.add_option("--topology", options.topology, "ring, or linear: no wrap-around link")
-      ->check(CLI::IsMember({"ring", "linear"}))
+      ->check(one_of({"ring", "linear"}))
       ->type_name("NAME")
       ->group(group);
   app.add_option("--num-links", options.num_links, "parallel channels per message [1]")
-      ->check(kCount)
+      ->check(thread_count())
       ->type_name("N")
       ->group(group);
   app.add_flag("--all-gather", options.all_gather,
@@ -171,7 +183,7 @@ void add_mask_options(CLI::App& app, Options& options) {
       ->group(group);
   app.add_option("--causal-alignment", options.causal_alignment,
                  "bottom-right (default) or top-left, for unequal lengths")
-      ->check(CLI::IsMember({"bottom-right", "top-left"}))
+      ->check(one_of({"bottom-right", "top-left"}))
       ->type_name("NAME")
       ->group(group);
   app.add_option("--sliding-window", options.sliding_window,
@@ -179,7 +191,7 @@ void add_mask_options(CLI::App& app, Options& options) {
       ->type_name("L[,R]")
       ->group(group);
   app.add_option("--chunk-size", options.chunk_size, "same chunk of N tokens, and not later")
-      ->check(kExtent)
+      ->check(extent())
       ->type_name("N")
       ->group(group);
   app.add_option("--padding-segment-id", options.padding_segment_id,
@@ -187,15 +199,15 @@ void add_mask_options(CLI::App& app, Options& options) {
       ->type_name("ID")
       ->group(group);
   app.add_option("--logical-n", options.logical_n, "--op joint: tokens before the padding")
-      ->check(kExtent)
+      ->check(extent())
       ->type_name("N")
       ->group(group);
   app.add_option("--logical-l", options.logical_l, "--op joint: joint tokens before the padding")
-      ->check(kExtent)
+      ->check(extent())
       ->type_name("N")
       ->group(group);
   app.add_option("--joint-strategy", options.joint_strategy, "--op joint: rear, front or none")
-      ->check(CLI::IsMember({"rear", "front", "none"}))
+      ->check(one_of({"rear", "front", "none"}))
       ->type_name("NAME")
       ->group(group);
 }
@@ -207,7 +219,7 @@ void add_arithmetic_options(CLI::App& app, Options& options) {
       ->group(group);
   app.add_option("--logits-soft-cap", options.logits_soft_cap,
                  "scores become cap * tanh(score / cap)")
-      ->check(CLI::NonNegativeNumber)
+      ->check(not_negative())
       ->type_name("X")
       ->group(group);
   app.add_option("--dropout-prob", options.dropout_prob, "share of dropped probabilities [0]")
@@ -244,7 +256,7 @@ void add_about_options(CLI::App& app, Options& options) {
                "compare with the oracle: all rows, or --check=ROWS sampled rows per head")
       ->group(group);
   app.add_option("--repeat", options.repeat, "compute N times, report the median [1]")
-      ->check(kCount)
+      ->check(thread_count())
       ->type_name("N")
       ->group(group);
   app.add_flag("--quiet", options.quiet, "print errors only (and the object of --json)")
@@ -319,7 +331,7 @@ std::int64_t rows_from_text(const std::string& text) {
 
 std::string nearest(const std::string& name, const std::vector<std::string>& known) {
   std::string best;
-  std::size_t distance = name.size() / 3 + 1;
+  std::size_t distance = name.size() / 3 + 2;
   const std::string start = name.substr(0, 64);  // the work grows with the square
   for (const std::string& candidate : known) {
     const std::size_t d = edit_distance(start, candidate);

@@ -85,6 +85,11 @@ void add_isa_option(CLI::App& app, Options& options);
 void add_json_option(CLI::App& app, bool& json);
 void add_about_options(CLI::App& app, Options& options);
 
+CLI::Validator one_of(const std::vector<std::string>& names);
+CLI::Validator at_least_one();
+CLI::Validator at_least_ten();
+CLI::Validator not_negative();
+
 // False if help was asked for, which then has been printed. Throws InvalidArgument; a mistyped name
 // is answered with the nearest known one.
 bool parse(CLI::App& app, int argc, char** argv, Options* options = nullptr);

@@ -74,7 +74,7 @@ struct CallSummary {
   std::int64_t pairs_visible = 0;   // (batch, query head, query, key)
   std::int64_t pairs_computed = 0;
   std::int64_t bytes_sent = 0;     // K and V to the next rank, this rank
-  std::int64_t steps_skipped = 0;  // ring steps without a visible pair
+  std::int64_t steps_skipped = 0;  // ranks whose keys this rank does not see
 };
 
 // out = attention(q, k, v).

@@ -72,7 +72,7 @@ struct Strip {
                                       // block + keys / block, not with keys
     float f[kStripRows];              // factor that O and l await
     std::int32_t raised;              // some f is not 1
-    std::int32_t watch;               // look at the maxima before the exponentials
+    std::int32_t watch;               // slots whose maxima are taken before the exponentials
   };
   Head* head;
   float* o;

@@ -15,8 +15,14 @@ namespace {
 // A lane is raised when a p exceeds 2^kGuard, and a raised lane gets kRoom for growth: its largest p is 2^-kRoom. Both
 // are far inside float32 and bf16; weights are lost below 2^-86 of the largest. A sum trips at half of that, so every
 // lane that a watched strip would raise also trips when it is not watched: neighbours do not matter.
+//
+// m is a float, and the FMA that subtracts it sees the product unrounded: beyond 2^31 log2 units the difference may leave
+// the exponential's range, and a row of such scores gives 0 or Inf. Scores then differ by noise of 2^7 and more anyway.
 constexpr float kGuard = 40, kRoom = 40;
 constexpr float kTrip = 0x1p39F;
+// Slots a strip is watched after it grew. Growth of 1 a key needs a raise every second tile: without memory it would be
+// found too late each time.
+constexpr std::int32_t kWatchedSlots = 8;
 
 // 2^x; relative error 2.7e-6 (lse may be off by 4e-6), exactly 0 for -inf, +inf for +inf, NaN for NaN. vreduceps is
 // x - floor(x) and vscalefps multiplies by 2^floor(x), so the integer part is never formed. Minimax on [0, 1).
@@ -245,7 +251,7 @@ inline __m512 top_score(const float* s, int half, int group) {
     }
   }
   z.raised |= grown ? 1 : 0;
-  z.watch = grown || unset_left ? 1 : 0;
+  z.watch = grown ? kWatchedSlots : static_cast<std::int32_t>(larger(z.watch - 1, unset_left ? 1 : 0));
   return any;
 }
 

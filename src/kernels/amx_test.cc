@@ -459,10 +459,11 @@ TEST_P(AmxKernel, ScoresThatBeatTheReference) {
       {"grow 100 per 8 keys", [](std::int64_t j) { return static_cast<float>(100 * (j / 8)); }},
       {"fall 1 a key", [](std::int64_t j) { return static_cast<float>(-j); }},
       {"low first 64", [](std::int64_t j) { return j < 64 ? -5000 : static_cast<float>(j % 7); }},
-      {"low first 40", [](std::int64_t j) { return j < 40 ? -3e36F : static_cast<float>(j % 7); }},
+      {"low first 40", [](std::int64_t j) { return j < 40 ? -1e9F : static_cast<float>(j % 7); }},
       {"one huge key", [](std::int64_t j) { return j == 777 ? 1e5F : static_cast<float>(j % 5); }},
       {"huge last key", [](std::int64_t j) { return j == 1099 ? 1e5F : static_cast<float>(j % 5); }},
       {"sawtooth", [](std::int64_t j) { return 3000.0F * static_cast<float>(j % 331) / 331; }},
+      {"far below zero", [](std::int64_t j) { return -4000 - static_cast<float>(j); }},
       {"just below the guard", [](std::int64_t j) { return j < 32 ? 0 : j % 9 == 0 ? 27.5F : 20.0F; }},
       {"2^39 by number", [](std::int64_t j) { return j < 32 ? 0 : 27.0F; }},
   };
@@ -475,19 +476,28 @@ TEST_P(AmxKernel, ScoresThatBeatTheReference) {
       check(p);
       mask_random(p, 5);
       check(p);
+      mask_causal(p, 0);
+      check(p);
     }
   }
 }
 
-// A lane whose reference is raised again and again, before and behind the exponentials, leaves the bits of the others.
+// A lane whose reference is raised again and again, before and behind the exponentials, leaves the bits of the others:
+// also of those whose own scores jump to where their reference is barely raised or barely not.
 TEST_P(AmxKernel, NeighboursKeepTheirBits) {
   for (const Dims d : {Dims{64, 64}, Dims{128, 128}, Dims{256, 256}, Dims{80, 80}}) {
     for (const float growth : {0.03F, 0.3F, 3.0F, 40.0F}) {
       for (int shape = 0; shape < 3; ++shape) {
         Problem p = normal_problem(d, 1100, 90, 3);
-        // The last dimension of K grows; only chosen queries look at it.
+        // The first dimension of K grows; only chosen queries look at it.
         for (std::int64_t j = 0; j < p.keys; ++j) p.k[j * d.head_dim] = rounded(growth * static_cast<float>(j + 1));
         for (std::int64_t i = 0; i < p.rows; ++i) p.q[i * d.head_dim] = 0;
+        for (std::int64_t j = 0; j < p.keys; ++j) {
+          p.k[j * d.head_dim + 1] = j < 500 ? 0 : rounded(40 * std::sqrt(static_cast<float>(d.head_dim)));
+        }
+        for (std::int64_t i = 0; i < p.rows; ++i) {
+          p.q[i * d.head_dim + 1] = rounded(0.6F + 0.002F * static_cast<float>(i));
+        }
         if (shape == 1) mask_causal(p, 1040);
         if (shape == 2) mask_random(p, 9);
         const Result calm = check(p);

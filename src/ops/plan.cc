@@ -97,6 +97,7 @@ Plan explain(int workers, const TensorView& q, const TensorView& k, const Tensor
   plan.bf16_probabilities = kernel.compute == Element::kBFloat16;
   plan.workers = workers, plan.threads_per_worker = threads_of(options.attention, workers);
   plan.partition = options.partition.name();
+  if (options.kv_partition) plan.partition += concat(", keys ", kv_partition.name());
   plan.strip_rows = kernel.strip_rows, plan.tile_keys = kernel.tile_keys;
   plan.panel_keys = blocking.panel_keys, plan.item_rows = blocking.item_rows;
   plan.pairs_total = problem.batch * problem.num_heads * q_len * kv_len;

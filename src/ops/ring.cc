@@ -100,7 +100,12 @@ class RingRank {
       for (const Visit& visit : schedule[step])
         take(visit, static_cast<int>(step), pass, blocks, left);
     }
-    if (blocks == 0) pass.attend_block(nullptr, {}, true, true);
+    if (blocks == 0) {  // nothing is visible from here
+      Stopwatch finishing(recorder_, EventKind::kFinish, rank_);
+      pass.attend_block(nullptr, {}, true, true);
+      finishing.stop();
+    }
+    skipped_ = comm_.world_size() - blocks;
     return summary();
   }
 
@@ -147,8 +152,6 @@ class RingRank {
       pairs = pass.attend_block(&keys, costs_.item_pairs[static_cast<std::size_t>(visit.owner)],
                                 first, last);
       pairs_computed_ += pairs;
-    } else {
-      ++skipped_;
     }
     computing.stop(0, pairs);
   }
