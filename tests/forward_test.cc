@@ -190,7 +190,7 @@ TEST_P(EveryTarget, HostileScores) {
           [&, &value = score](std::int64_t, std::int64_t j, auto...) { return value(j) / 4; });
       AttentionOptions o = options();
       o.causal = causal;
-      EXPECT_EQ(first_failure(run_and_check(in, ring(o), 1, 60)), "")
+      EXPECT_EQ(first_failure(run_and_check(in, ring(o), 1, 60 / kTestScale)), "")
           << name << (causal ? " causal" : "");
     }
   }
@@ -289,7 +289,7 @@ TEST(Attention, LongInputsMeetTheBarsStrictly) {
       Inputs in(dtype, {1, 3000, 3000, 1, 1, 64, 64}, 17, true);
       RingOptions o;
       o.attention.causal = causal;
-      const reference::CheckResult result = run_and_check(in, o, 1, 400);
+      const reference::CheckResult result = run_and_check(in, o, 1, 400 / kTestScale);
       EXPECT_TRUE(result.passed) << result.verdict;
     }
   }

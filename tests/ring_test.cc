@@ -35,7 +35,7 @@ TEST_P(Ring, EveryWorldSizeAndPartition) {
           Inputs in(GetParam(), {1, len, len, 2, 1, 16, 16}, 21);
           RingOptions o;
           o.partition = partition, o.attention.causal = causal, o.attention.threads = 1;
-          const auto result = run_and_check(in, o, workers, 30);
+          const auto result = run_and_check(in, o, workers, 30 / kTestScale);
           EXPECT_TRUE(result.passed) << result.verdict << " P " << workers << " len " << len << " "
                                      << partition.name() << causal;
         }
@@ -95,7 +95,7 @@ TEST(RingAccuracy, IndependentOfTheWorldSize) {
       Inputs in(dtype, {1, 4096, 4096, 1, 1, 64, 64}, 23, true);
       RingOptions o;
       o.attention.causal = true, o.attention.threads = 1, o.partition = Partition::zigzag();
-      const auto result = run_and_check(in, o, workers, 300);
+      const auto result = run_and_check(in, o, workers, 300 / kTestScale);
       EXPECT_TRUE(result.passed) << result.verdict;
       if (workers == 1) alone = result.rms_err, alone_max = result.max_abs_err;
       EXPECT_LE(result.rms_err, 1.1 * alone) << workers;

@@ -53,16 +53,6 @@ std::optional<Partition> kv_partition_of(const Options& options, const Inputs& i
   return Partition::from_positions(*inputs.kv_positions);
 }
 
-DType out_dtype_of(const Options& options, DType of_q) {
-  if (options.out_dtype.empty()) return of_q;
-  const DType asked = dtype_from_name(options.out_dtype);
-  if (asked != of_q && asked != DType::kFloat32) {
-    fail("use --out-dtype=float32, or leave it out",
-         "--out-dtype: found {}, expected float32 or the dtype of q, {}", name(asked), name(of_q));
-  }
-  return asked;
-}
-
 double timeout_of(const Options& options, int workers) {
   if (!options.timeout_s.empty()) return seconds_from_text(options.timeout_s);
   if (workers == 1) return std::numeric_limits<double>::infinity();  // nobody to wait for
@@ -139,6 +129,10 @@ AttentionOptions attention_options(const Options& options, const Inputs& inputs)
 }
 
 Call make_call(const Options& options, const Inputs& inputs) {
+  // A plan holds position, row and segment of every query and key once while it counts a rank's
+  // pairs.
+  constexpr std::int64_t kPlanPerToken = 24;
+  require_memory((inputs.q.shape[1] + inputs.k.shape[1]) * kPlanPerToken);
   Call call;
   call.workers = options.workers ? *options.workers : workers_from_environment().value_or(1);
   call.out_dtype = out_dtype_of(options, inputs.q.dtype);
@@ -152,6 +146,16 @@ Call make_call(const Options& options, const Inputs& inputs) {
   call.ring.workers.stop = stop_requested;
   call.plan = explain(call.workers, inputs.q, inputs.k, inputs.v, call.out_dtype, call.ring);
   return call;
+}
+
+DType out_dtype_of(const Options& options, DType of_q) {
+  if (options.out_dtype.empty()) return of_q;
+  const DType asked = dtype_from_name(options.out_dtype);
+  if (asked != of_q && asked != DType::kFloat32) {
+    fail("use --out-dtype=float32, or leave it out",
+         "--out-dtype: found {}, expected float32 or the dtype of q, {}", name(asked), name(of_q));
+  }
+  return asked;
 }
 
 bool rounds_probabilities(const std::string& target) {
@@ -201,14 +205,9 @@ Json shapes_json(const Inputs& inputs, Layout layout) {
 
 std::string describe_call(const Options& options, const Inputs& inputs, const Call& call) {
   const Plan& plan = call.plan;
-  const auto& q = inputs.q.shape;
-  const auto& k = inputs.k.shape;
-  std::string what =
-      fmt::format("{}, {}, batch {}, {} queries, {} keys, {} heads", options.op,
-                  short_name(name(inputs.q.dtype)), q[0], grouped(q[1]), grouped(k[1]), q[2]);
-  if (k[2] != q[2]) what += fmt::format(" over {}", k[2]);
-  what += fmt::format(", head_dim {}", q[3]);
-  if (inputs.v.shape[3] != q[3]) what += fmt::format(", v_head_dim {}", inputs.v.shape[3]);
+  const std::string what =
+      fmt::format("{}, {}, q {}, k {}, v {}", options.op, short_name(name(inputs.q.dtype)),
+                  to_string(inputs.q.shape), to_string(inputs.k.shape), to_string(inputs.v.shape));
   std::string where =
       fmt::format("{} ({}), {} x {}", plan.target, plan.arithmetic, plural(plan.workers, "worker"),
                   plural(plan.threads_per_worker, "thread"));

@@ -27,6 +27,9 @@ AttentionOptions attention_options(const Options& options, const Inputs& inputs)
 // Plans the call; computes nothing. The views in `inputs` must outlive the call.
 Call make_call(const Options& options, const Inputs& inputs);
 
+// --out-dtype, by default the dtype of q.
+DType out_dtype_of(const Options& options, DType of_q);
+
 // The implementation rounds probabilities to bfloat16 before it multiplies them with v.
 bool rounds_probabilities(const std::string& target);
 
@@ -41,7 +44,7 @@ std::int64_t planned_bytes(std::int64_t at_start, const Inputs& inputs, const Ca
 // Shapes as in files: {"q": [1, 4096, 1, 64], ...}.
 Json shapes_json(const Inputs& inputs, Layout layout);
 
-// "attention, bf16, batch 1, ..." and the plan in a few lines.
+// The call and its plan in a few lines.
 std::string describe_call(const Options& options, const Inputs& inputs, const Call& call);
 
 }  // namespace annulus::tools

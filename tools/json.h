@@ -9,9 +9,8 @@ namespace annulus::tools {
 
 using Json = nlohmann::ordered_json;
 
-inline std::string to_text(const Json& json) {
-  return json.dump(2, ' ', false, Json::error_handler_t::replace);
-}
+// One field a line; arrays and objects that hold nothing but numbers and words stay on theirs.
+std::string to_text(const Json& json);
 
 // A number, or null where JSON has no spelling for it.
 inline Json number_or_null(double value) {

@@ -83,16 +83,20 @@ bool Options::was_given(const std::string& name) const {
 void add_operation_options(CLI::App& app, Options& options) {
   const std::string group = "Operation";
   app.add_option("--op", options.op,
-                 "attention (one call, or a ring with --workers > 1), spmd, joint or chunked")
+                 "attention (one call, or a ring with --workers > 1); spmd, joint, chunked (not in "
+                 "this build)")
       ->check(one_of({"attention", "spmd", "joint", "chunked"}))
       ->type_name("NAME")
       ->group(group);
-  app.add_flag("--backward", options.backward, "gradients of q, k, v, sinks for the tensor dout")
+  app.add_flag("--backward", options.backward, "gradients for the tensor dout (not in this build)")
       ->group(group);
-  app.add_flag("--dbias", options.dbias, "with --backward: the gradient of bias too")->group(group);
-  app.add_flag("--no-fused-backward", options.no_fused_backward, "two passes instead of one")
+  app.add_flag("--dbias", options.dbias, "with --backward: that of bias too (not in this build)")
       ->group(group);
-  app.add_option("--ring-backward", options.ring_backward, "what travels: auto, kv or q")
+  app.add_flag("--no-fused-backward", options.no_fused_backward,
+               "two passes instead of one (not in this build)")
+      ->group(group);
+  app.add_option("--ring-backward", options.ring_backward,
+                 "what travels: auto, kv or q (not in this build)")
       ->check(one_of({"auto", "kv", "q"}))
       ->type_name("NAME")
       ->group(group);
@@ -168,12 +172,13 @@ void add_ring_options(CLI::App& app, Options& options) {
       ->check(one_of({"ring", "linear"}))
       ->type_name("NAME")
       ->group(group);
-  app.add_option("--num-links", options.num_links, "parallel channels per message [1]")
+  app.add_option("--num-links", options.num_links,
+                 "parallel channels per message [1] (more: not in this build)")
       ->check(thread_count())
       ->type_name("N")
       ->group(group);
   app.add_flag("--all-gather", options.all_gather,
-               "gather all keys instead of passing blocks round")
+               "gather all keys, pass no blocks (not in this build)")
       ->group(group);
 }
 
@@ -222,7 +227,8 @@ void add_arithmetic_options(CLI::App& app, Options& options) {
       ->check(not_negative())
       ->type_name("X")
       ->group(group);
-  app.add_option("--dropout-prob", options.dropout_prob, "share of dropped probabilities [0]")
+  app.add_option("--dropout-prob", options.dropout_prob,
+                 "share of dropped probabilities [0] (not in this build)")
       ->type_name("X")
       ->group(group);
   app.add_option("--dropout-seed", options.dropout_seed, "of the dropout pattern [0]")
@@ -252,7 +258,7 @@ void add_about_options(CLI::App& app, Options& options) {
       ->type_name("F.json")
       ->group(group);
   add_json_option(app, options.json);
-  app.add_flag("--check{all}", options.check,
+  app.add_flag("--check", options.check,
                "compare with the oracle: all rows, or --check=ROWS sampled rows per head")
       ->group(group);
   app.add_option("--repeat", options.repeat, "compute N times, report the median [1]")

@@ -91,7 +91,6 @@ ReportInput report_input(const Options& options, const Inputs& inputs, const Cal
                   {"v_head_dim", grouped(inputs.v.shape[3])},
                   {"inputs", std::string(name(inputs.q.dtype))},
                   {"output", std::string(name(call.out_dtype))},
-                  {"partition", options.partition},
                   {"topology", options.topology},
                   {"CPU", cpu_name()}};
   report.mask_rows = static_cast<int>(std::min<std::int64_t>(kCells, q_len));

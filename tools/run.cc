@@ -182,6 +182,9 @@ int run_main(int argc, char** argv) {
   const std::int64_t at_start = resident_bytes();
   const bool talks = !options.json && !options.quiet;
   Inputs inputs = open_inputs(options);
+  const DType out_dtype = out_dtype_of(options, inputs.q.dtype);
+  require_memory((inputs.file ? 0 : inputs.bytes) +
+                 output_bytes(inputs, out_dtype));  // plans grow with the tokens
   Call call = make_call(options, inputs);
   Result result;
   result.planned_bytes = planned_bytes(at_start, inputs, call, check_threads(options));

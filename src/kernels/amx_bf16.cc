@@ -1,8 +1,9 @@
-// The AMX entries of the kernel table: one kernel over the hardware's tiles, the same over tiles in plain C++, which
-// proves it on CPUs without AMX. Both need AVX-512 (F, BW, DQ, VL).
+// The AMX entries of the kernel table: one kernel over the hardware's tiles, the same over tiles in
+// plain C++, which proves it on CPUs without AMX. Both need AVX-512 (F, BW, DQ, VL).
 //
-// Everything compiled for these instructions is in the anonymous namespace, and no header is included inside the target
-// region, so the linker finds nothing here that it could put in the place of code for older CPUs.
+// Everything compiled for these instructions is in the anonymous namespace, and no header but the
+// kernel's own is included inside the target region, so the linker finds nothing here that it could
+// put in the place of code for older CPUs.
 #include <math.h>
 #include <string.h>
 
@@ -14,7 +15,7 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(                                                                  \
+#pragma clang attribute push(                                                                      \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16"))), \
     apply_to = function)
 #else
@@ -25,9 +26,6 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16")
 #endif
 
-#include "kernels/amx_tiles-inl.h"
-#include "kernels/amx_pack-inl.h"
-#include "kernels/amx_softmax-inl.h"
 #include "kernels/amx_forward-inl.h"
 
 #if defined(__clang__)

@@ -1,14 +1,19 @@
-// The attention forward of strips of queries against a panel of keys on AMX, over either kind of tiles. Included by
-// amx_bf16.cc inside its target region; includes nothing.
+// The attention forward of strips of queries against a panel of keys on AMX, over either kind of
+// tiles. Included by amx_bf16.cc inside its target region.
 //
 // Three things run at once in one instruction stream, one behind the other:
 //   Q.K of group g + 1  |  softmax of group g  |  P.V of the block before, one unit of O a slot
-// What that gains, measured on an AMX core as share of the peak of its product instruction, d = 128, 16K keys:
+// Figures here and beside are of the study this kernel follows, on an AMX core, as share of the
+// peak of its product instruction, d = 128, 16K keys:
 //   K and V^T by load_stream                                                       42 -> 67 %
 //   softmax dealt out behind every product: the core's window spans about 16       49 -> 67 %
 //   items of 1024 rows sharing a panel                                 (256 rows)  58 -> 67 %
 //   prefetch of the next panel; of the next unit of O; late stores of C       each 65 -> 67 %
+// This kernel itself has not been timed on one yet.
 #pragma once
+
+#include "kernels/amx_softmax-inl.h"
+#include "kernels/amx_tiles-inl.h"
 
 namespace annulus {
 namespace {
@@ -19,7 +24,7 @@ struct Operands {
   const Bf16* b;
 };
 
-// C tiles: 0 = A0 B0, 1 = A0 B1, 2 = A1 B0, 3 = A1 B1, in the order [half of B][half of A] of S and O.
+// Where C tiles 0 = A0 B0, 1 = A0 B1, 2 = A1 B0, 3 = A1 B1 lie in S and O: [half of B][half of A].
 constexpr int kPlaceOfC[4] = {0, 512, 256, 768};
 
 template <class T>
@@ -32,9 +37,9 @@ template <class T>
   store<0>(tiles, c), store<1>(tiles, c + 512), store<3>(tiles, c + 768), store<2>(tiles, c + 256);
 }
 
-// What happens to a C tile before its first product: its finished content is stored and it starts from zero or from
-// memory. Three products after the last one into it, a store costs nothing; four stores behind the last step of a
-// product stop the unit for 56 cycles.
+// What happens to a C tile before its first product: its finished content is stored and it starts
+// from zero or from memory. Three products after the last one into it, a store costs nothing; four
+// stores behind the last step of a product stop the unit for 56 cycles.
 enum class Swap { kNone, kZero, kLoad };
 
 template <Swap kSwap, int kTile, class T>
@@ -44,8 +49,9 @@ template <Swap kSwap, int kTile, class T>
   if constexpr (kSwap == Swap::kLoad) load<kTile>(tiles, c + kPlaceOfC[kTile]);
 }
 
-// Four products on the operands already in tiles 4 to 7. Each operand is loaded for the next step as soon as its last
-// product is issued; `filler` puts its t-th share of other work behind the t-th product of the slot.
+// Four products on the operands already in tiles 4 to 7. Each operand is loaded for the next step
+// as soon as its last product is issued; `filler` puts its t-th share of other work behind the t-th
+// product of the slot.
 template <Swap kSwap, int t, class T, class Filler>
 [[gnu::always_inline]] inline void step(T& tiles, float* finished, const float* c, Operands next,
                                         Filler& filler) {
@@ -87,7 +93,8 @@ struct Filler {
       pairs<kFrom + 1, kTo>();
     }
   }
-  // The 64 lines of the unit of O that the next slot loads: with all strips of an item in turn they lie in the L2.
+  // The 64 lines of the unit of O that the next slot loads: with all strips of an item in turn they
+  // lie in the L2.
   template <int kFrom, int kTo>
   [[gnu::always_inline]] void lines() {
     if constexpr (kFrom < kTo) {
@@ -97,7 +104,8 @@ struct Filler {
   }
 };
 
-// One slot's products where both dimensions are known: kK units of d, kV units of O, so kGroup * kV steps at most.
+// One slot's products where both dimensions are known: kK units of d, kV units of O, so kGroup * kV
+// steps at most.
 template <class T, int kK, int kV>
 struct Slot {
   static constexpr int kGroup = group_tiles(kV);
@@ -178,13 +186,20 @@ class PanelPass {
 
   void run() {
     switch (sizes_.k_units * 16 + sizes_.v_units) {
-      case 0x22: return run_blocks<2, 2>();
-      case 0x33: return run_blocks<3, 3>();
-      case 0x44: return run_blocks<4, 4>();
-      case 0x64: return run_blocks<6, 4>();
-      case 0x66: return run_blocks<6, 6>();
-      case 0x88: return run_blocks<8, 8>();
-      default: return run_blocks<0, 0>();
+      case 0x22:
+        return run_blocks<2, 2>();
+      case 0x33:
+        return run_blocks<3, 3>();
+      case 0x44:
+        return run_blocks<4, 4>();
+      case 0x64:
+        return run_blocks<6, 4>();
+      case 0x66:
+        return run_blocks<6, 6>();
+      case 0x88:
+        return run_blocks<8, 8>();
+      default:
+        return run_blocks<0, 0>();
     }
   }
 
@@ -257,7 +272,8 @@ class PanelPass {
     return true;
   }
 
-  // ---------------------------------------------------------------------------------------- one thing at a time
+  // ---------------------------------------------------------------------------------------- one
+  // thing at a time
 
   const Bf16* k_tile(const Block& block, int j) const {
     return block.k + block.tile[j] * sizes_.k_units * kSquare;
@@ -283,7 +299,8 @@ class PanelPass {
   [[gnu::noinline]] void multiply_values(const Block& block, std::int64_t unit, const Bf16* p) {
     for (; unit < sizes_.v_units; ++unit) {
       float* o = block.strip.o + unit * kSquare;
-      load<0>(tiles_, o), load<1>(tiles_, o + 512), load<3>(tiles_, o + 768), load<2>(tiles_, o + 256);
+      load<0>(tiles_, o), load<1>(tiles_, o + 512), load<3>(tiles_, o + 768),
+          load<2>(tiles_, o + 256);
       for (int x = 0; x < block.steps; ++x) {
         const int at = block.step[x] * kSquare;
         multiply_one_by_one({block.v + unit * sizes_.block * kSquare + at, p + at});
@@ -314,7 +331,8 @@ class PanelPass {
     if (before != nullptr) multiply_values(*before, 0, p_[p_now_ ^ 1]);
   }
 
-  // ---------------------------------------------------------------------------------------- around the softmax
+  // ---------------------------------------------------------------------------------------- around
+  // the softmax
 
   // Scores of a slot are in memory, no exponential is made yet.
   [[gnu::always_inline]] void before_exponentials(const Block& block, int slot, float* s) {
@@ -322,8 +340,8 @@ class PanelPass {
     if (block.strip.head->watch != 0) raise(block, slot, s, p_[p_now_], rule_, sizes_);
   }
 
-  // The slot's sum tripped; the strip still holds the sum from before it. By value: a reference would keep the sums in
-  // memory throughout the pipeline.
+  // The slot's sum tripped; the strip still holds the sum from before it. By value: a reference
+  // would keep the sums in memory throughout the pipeline.
   [[gnu::noinline]] void raise_and_redo(const Block& block, int slot, const float* s, __m512 sum0,
                                         __m512 sum1) {
     if (raise(block, slot, s, p_[p_now_], rule_, sizes_)) {
@@ -346,7 +364,8 @@ class PanelPass {
     add_block_sum(block.strip);
   }
 
-  // ---------------------------------------------------------------------------------------- the steady state
+  // ---------------------------------------------------------------------------------------- the
+  // steady state
 
   // Groups of the stream as seen from a block: its own, then the next block's first.
   template <int kK, int kGroup>
@@ -359,7 +378,8 @@ class PanelPass {
   }
 
   template <int kK, int kV>
-  [[gnu::noinline]] void overlapped_block(const Block& before, const Block& now, const Block& next) {
+  [[gnu::noinline]] void overlapped_block(const Block& before, const Block& now,
+                                          const Block& next) {
     using S = Slot<T, kK, kV>;
     const Bf16* k[S::kGroup];
     const Bf16* k_then[S::kGroup];
@@ -369,16 +389,29 @@ class PanelPass {
     load_operands(tiles_, {k[0], q});
 #pragma GCC unroll 1
     for (int slot = 0; slot < now.slots; ++slot) {
-      // The last slot has none to aim at: it loads its own again, and every block loads its first operands.
+      // The last slot has none to aim at: it loads its own again, and every block loads its first
+      // operands.
       const Bf16* q_then = aim<kK>(now, next, slot + 2, k_then);
       before_exponentials(now, slot, s_in);
       prefetch();
       const float* o_then = slot + 1 < now.slots ? o + kSquare : now.strip.o;
-      typename S::Fill fill{Softmax(now.strip, rule_), s_in, {}, reinterpret_cast<const char*>(o_then)};
+      typename S::Fill fill{
+          Softmax(now.strip, rule_), s_in, {}, reinterpret_cast<const char*>(o_then)};
       for (int g = 0; g < S::kGroup; ++g) {
         fill.p[g] = p_[p_now_] + now.place(slot * S::kGroup + g, sizes_) * kSquare;
       }
-      S work{tiles_, fill, k, q, s_out, v, p_[p_now_ ^ 1], before.step, before.steps, o, finished, {k_then[0], q_then}};
+      S work{tiles_,
+             fill,
+             k,
+             q,
+             s_out,
+             v,
+             p_[p_now_ ^ 1],
+             before.step,
+             before.steps,
+             o,
+             finished,
+             {k_then[0], q_then}};
       work.multiply_scores();
       work.multiply_values();
       if (__builtin_expect(fill.softmax.tripped(), 0)) {
@@ -400,12 +433,14 @@ class PanelPass {
     }
   }
 
-  // ---------------------------------------------------------------------------------------- prefetch
+  // ----------------------------------------------------------------------------------------
+  // prefetch
 
-  // K and V^T of the next panel, dealt over the slots of this one, on their way into the L2: they are there before the
-  // strips are through (+2 points).
+  // K and V^T of the next panel, dealt over the slots of this one, on their way into the L2: they
+  // are there before the strips are through (+2 points).
   void aim_prefetch() {
-    const std::int64_t keys = call_.next_begin < 0 ? 0 : smaller(call_.key_count, call_.num_keys - call_.next_begin);
+    const std::int64_t keys =
+        call_.next_begin < 0 ? 0 : smaller(call_.key_count, call_.num_keys - call_.next_begin);
     if (keys <= 0) return;
     std::int64_t slots = 0;
     for (std::int64_t i = 0; i < call_.strip_count; ++i) {
@@ -414,7 +449,8 @@ class PanelPass {
       }
     }
     slots = larger(1, slots / sizes_.group);
-    prefetch_lines_ = ceil_div(keys, kTileKeys) * larger(sizes_.k_units, sizes_.v_units) * (kSquare * 2 / 64);
+    prefetch_lines_ =
+        ceil_div(keys, kTileKeys) * larger(sizes_.k_units, sizes_.v_units) * (kSquare * 2 / 64);
     prefetch_per_slot_ = ceil_div(prefetch_lines_, slots);
     const std::int64_t tile = call_.next_begin / kTileKeys;
     prefetch_k_ = reinterpret_cast<const char*>(packed_.k + tile * sizes_.k_units * kSquare);

@@ -1,8 +1,9 @@
-// Memory of the AMX kernel: how K, V, Q and the state of a strip lie in tiles, and the table's entries that write and
-// read them. Included by amx_bf16.cc inside its target region; includes nothing.
+// Memory of the AMX kernel: how K, V, Q and the state of a strip lie in tiles, and the table's
+// entries that write and read them. Included by amx_bf16.cc inside its target region.
 //
-// S^T = K Q^T and O^T += V^T P^T, queries in lanes. A unit is 32 elements of a dimension. Every operand is a sequence of
-// 32 x 32 squares, two tiles each, in the order in which the products read them:
+// S^T = K Q^T and O^T += V^T P^T, queries in lanes. A unit is 32 elements of a dimension. Every
+// operand is a sequence of 32 x 32 squares, two tiles each, in the order in which the products read
+// them:
 //
 //   K    A   [tile of keys][unit of d]               [32 keys][32 d]
 //   V^T  A   [block][unit of d][tile of the block]   [32 d][32 keys]
@@ -30,10 +31,10 @@ constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? 
 constexpr std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// A slot of the pipeline multiplies one group of tiles with Q, exponentiates the group before, and adds one unit of O for
-// the block before. So a block has as many groups as O has units, and both products have an equal share of every slot.
-// Blocks of about 128 keys: shorter ones load and store O more often (d = 128: 62 % of peak at 64 keys, 67 at 128),
-// longer ones push P out of the L1.
+// A slot of the pipeline multiplies one group of tiles with Q, exponentiates the group before, and
+// adds one unit of O for the block before. So a block has as many groups as O has units, and both
+// products have an equal share of every slot. Blocks of about 128 keys: shorter ones load and store
+// O more often (d = 128: 62 % of peak at 64 keys, 67 at 128), longer ones push P out of the L1.
 constexpr int group_tiles(std::int64_t v_units) { return v_units == 1 ? 4 : v_units == 2 ? 2 : 1; }
 
 struct Sizes {
@@ -46,8 +47,12 @@ struct Sizes {
         group(group_tiles(v_units)),
         block(static_cast<int>(smaller(group * v_units, kMaxBlock))) {}
   std::int64_t blocks(std::int64_t keys) const { return ceil_div(keys, block * kTileKeys); }
-  std::int64_t k_elements(std::int64_t keys) const { return blocks(keys) * block * k_units * kSquare; }
-  std::int64_t v_elements(std::int64_t keys) const { return blocks(keys) * block * v_units * kSquare; }
+  std::int64_t k_elements(std::int64_t keys) const {
+    return blocks(keys) * block * k_units * kSquare;
+  }
+  std::int64_t v_elements(std::int64_t keys) const {
+    return blocks(keys) * block * v_units * kSquare;
+  }
 };
 
 // What pack() writes; whole blocks, zero beyond the last key.
@@ -85,8 +90,9 @@ struct Strip {
         q(reinterpret_cast<Bf16*>(o + sizes.v_units * kSquare)) {}
 };
 
-// A panel's K and V take 256 KiB of the L2, the item's strips (Q^T and O^T) 768 KiB at most: two panels and the strips
-// fit the 1.2 MB that an L2 of 2 MB seems to give. Measured best at d = 64, 128 and 256.
+// A panel's K and V take 256 KiB of the L2, the item's strips (Q^T and O^T) 768 KiB at most: two
+// panels and the strips fit the 1.2 MB that an L2 of 2 MB seems to give. Measured best at d = 64,
+// 128 and 256.
 Blocking blocking(Dims dims) {
   const Sizes sizes(dims);
   const std::int64_t units = sizes.k_units + sizes.v_units, block_keys = sizes.block * kTileKeys;
@@ -107,7 +113,8 @@ std::int64_t packed_bytes(Dims dims, std::int64_t num_keys) {
   return (sizes.k_elements(num_keys) + sizes.v_elements(num_keys)) * 2 + ceil_div(flags, 64) * 64;
 }
 
-// ------------------------------------------------------------------------------------------ elements
+// ------------------------------------------------------------------------------------------
+// elements
 
 // To nearest even; a NaN stays one.
 inline __m256i round_to_bf16(__m512 x) {
@@ -131,7 +138,8 @@ inline __m512i load_elements(const char* from, std::int64_t stride_bytes, Elemen
   alignas(64) char gathered[128];
   if (stride_bytes != size) {
     for (std::int64_t i = 0; i < n; ++i) {
-      __builtin_memcpy(gathered + i * size, from + i * stride_bytes, static_cast<std::size_t>(size));
+      __builtin_memcpy(gathered + i * size, from + i * stride_bytes,
+                       static_cast<std::size_t>(size));
     }
     from = gathered;
   }
@@ -146,7 +154,8 @@ inline __m512i load_elements(const char* from, std::int64_t stride_bytes, Elemen
                        _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1)));
 }
 
-// 16 x 16 transpose of 32-bit elements: within 2 x 2, within 128-bit lanes, then whole lanes in two steps.
+// 16 x 16 transpose of 32-bit elements: within 2 x 2, within 128-bit lanes, then whole lanes in two
+// steps.
 inline void transpose(__m512i (&r)[16]) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
@@ -219,7 +228,8 @@ void pack(void* memory, const RowSource& k, const RowSource& v, Dims dims, std::
           std::int64_t key_begin, std::int64_t key_end) {
   const Sizes sizes(dims);
   const Packed packed(memory, sizes, num_keys);
-  const std::int64_t end = key_end < num_keys ? key_end / kTileKeys : sizes.blocks(num_keys) * sizes.block;
+  const std::int64_t end =
+      key_end < num_keys ? key_end / kTileKeys : sizes.blocks(num_keys) * sizes.block;
   for (std::int64_t tile = key_begin / kTileKeys; tile < end; ++tile) {
     const char* v_rows[kTileKeys];
     Bf16* k_tile = packed.k + tile * sizes.k_units * kSquare;
@@ -240,7 +250,8 @@ void pack(void* memory, const RowSource& k, const RowSource& v, Dims dims, std::
   }
 }
 
-// ------------------------------------------------------------------------------------------ ends of a strip
+// ------------------------------------------------------------------------------------------ ends
+// of a strip
 
 void start(void* memory, const void* const* rows, std::int64_t count, std::int64_t dim_stride_bytes,
            Element element, Dims dims) {
@@ -308,7 +319,8 @@ void finish(const void* memory, const float* sinks, float* out, std::int64_t out
       }
       transpose(r);
       for (int j = 0; j < 16; ++j) {
-        _mm512_mask_storeu_ps(out + (half * 16 + j) * out_stride + x, have, _mm512_castsi512_ps(r[j]));
+        _mm512_mask_storeu_ps(out + (half * 16 + j) * out_stride + x, have,
+                              _mm512_castsi512_ps(r[j]));
       }
     }
   }

@@ -1,31 +1,38 @@
-// From scores to probabilities in the AMX kernel: exponentials, masks, soft cap, bias, and the reference that takes the
-// place of a running maximum. Included by amx_bf16.cc inside its target region; includes nothing.
+// From scores to probabilities in the AMX kernel: exponentials, masks, soft cap, bias, and the
+// reference that takes the place of a running maximum. Included by amx_bf16.cc inside its target
+// region.
 //
-// There is no pass over the maxima. Beside the products a maximum costs as much as an FMA, one of seven. Instead a lane
-// keeps its reference m until a sum of p exceeds kTrip. The scores of that slot still lie in memory, so m is raised and
-// that slot's p are made again; p made earlier in the block, their sum, O and l are multiplied by a power of two, which
-// rounds nothing. Lanes that did not trip get a factor of one and the same bits again. A strip that has tripped is
-// watched: its maxima are taken before the exponentials, so that scores growing in every slot pay for a maximum each
-// time, not for a second exponential.
+// There is no pass over the maxima. Beside the products a maximum costs as much as an FMA, one of
+// seven. Instead a lane keeps its reference m until a sum of p exceeds kTrip. The scores of that
+// slot still lie in memory, so m is raised and that slot's p are made again; p made earlier in the
+// block, their sum, O and l are multiplied by a power of two, which rounds nothing. Lanes that did
+// not trip get a factor of one and the same bits again. A strip that has tripped is watched: its
+// maxima are taken before the exponentials, so that scores growing in every slot pay for a maximum
+// each time, not for a second exponential.
 #pragma once
+
+#include "kernels/amx_pack-inl.h"
 
 namespace annulus {
 namespace {
 
-// A lane is raised when a p exceeds 2^kGuard, and a raised lane gets kRoom for growth: its largest p is 2^-kRoom. Both
-// are far inside float32 and bf16; weights are lost below 2^-86 of the largest. A sum trips at half of that, so every
-// lane that a watched strip would raise also trips when it is not watched: neighbours do not matter.
+// A lane is raised when a p exceeds 2^kGuard, and a raised lane gets kRoom for growth: its largest
+// p is 2^-kRoom. Both are far inside float32 and bf16; weights are lost below 2^-86 of the largest.
+// A sum trips at half of that, so every lane that a watched strip would raise also trips when it is
+// not watched: neighbours do not matter.
 //
-// m is a float, and the FMA that subtracts it sees the product unrounded: beyond 2^31 log2 units the difference may leave
-// the exponential's range, and a row of such scores gives 0 or Inf. Scores then differ by noise of 2^7 and more anyway.
+// m is a float, and the FMA that subtracts it sees the product unrounded: beyond 2^31 log2 units
+// the difference may leave the exponential's range, and a row of such scores gives 0 or Inf. Scores
+// then differ by noise of 2^7 and more anyway.
 constexpr float kGuard = 40, kRoom = 40;
 constexpr float kTrip = 0x1p39F;
-// Slots a strip is watched after it grew. Growth of 1 a key needs a raise every second tile: without memory it would be
-// found too late each time.
+// Slots a strip is watched after it grew. Growth of 1 a key needs a raise every second tile:
+// without memory it would be found too late each time.
 constexpr std::int32_t kWatchedSlots = 8;
 
-// 2^x; relative error 2.7e-6 (lse may be off by 4e-6), exactly 0 for -inf, +inf for +inf, NaN for NaN. vreduceps is
-// x - floor(x) and vscalefps multiplies by 2^floor(x), so the integer part is never formed. Minimax on [0, 1).
+// 2^x; relative error 2.7e-6 (lse may be off by 4e-6), exactly 0 for -inf, +inf for +inf, NaN for
+// NaN. vreduceps is x - floor(x) and vscalefps multiplies by 2^floor(x), so the integer part is
+// never formed. Minimax on [0, 1).
 [[gnu::always_inline]] inline __m512 exp2(__m512 x) {
   const __m512 f = _mm512_reduce_ps(x, 1);
   __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(1.3534168e-2F), f, _mm512_set1_ps(5.201146e-2F));
@@ -35,10 +42,12 @@ constexpr std::int32_t kWatchedSlots = 8;
   return _mm512_scalef_ps(p, x);
 }
 
-// tanh, about 2 ulp. Below 0.625 an odd polynomial (minimax, 4.4e-9), since 1 - e^-2x cancels there; beyond it
-// (1 - t) / (1 + t), t = e^-2x, with a polynomial of degree 5 (1.5e-7, reduced by t < 0.29).
+// tanh, about 2 ulp. Below 0.625 an odd polynomial (minimax, 4.4e-9), since 1 - e^-2x cancels
+// there; beyond it (1 - t) / (1 + t), t = e^-2x, with a polynomial of degree 5 (1.5e-7, reduced by
+// t < 0.29).
 inline __m512 tanh(__m512 x) {
-  const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0F)), size = _mm512_andnot_ps(_mm512_set1_ps(-0.0F), x);
+  const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0F)),
+               size = _mm512_andnot_ps(_mm512_set1_ps(-0.0F), x);
   const __m512 one = _mm512_set1_ps(1), square = _mm512_mul_ps(x, x);
   __m512 small = _mm512_fmadd_ps(_mm512_set1_ps(-5.704986862838268e-3F), square,
                                  _mm512_set1_ps(2.06390880048275e-2F));
@@ -72,27 +81,28 @@ struct Rule {
         scale(static_cast<float>(plain ? kLog2e * r.scale : kLog2e)) {}
 };
 
-// Keys that wait for one product with V: tiles of a panel that some lane of the strip sees. They are exponentiated in
-// whole groups, filled up with the last one again, hidden.
+// Keys that wait for one product with V: tiles of a panel that some lane of the strip sees. They
+// are exponentiated in whole groups, filled up with the last one again, hidden.
 struct Block {
   Strip strip;
   const StripWork* work;
-  const Bf16* k;                          // tile 0 of the block
-  const Bf16* v;                          // unit 0 of tile 0
-  std::int64_t first;                     // tile 0 in the panel
-  int live, slots;                        // tiles, groups
-  int steps;                              // tiles in the product with V
-  std::uint8_t tile[kMaxBlock];           // place in the block, of each tile of each group
-  std::uint8_t step[kMaxBlock];           // the same of each tile in the product with V
-  std::uint8_t selected[kMaxBlock];       // and of those whose values are added by selection
+  const Bf16* k;                     // tile 0 of the block
+  const Bf16* v;                     // unit 0 of tile 0
+  std::int64_t first;                // tile 0 in the panel
+  int live, slots;                   // tiles, groups
+  int steps;                         // tiles in the product with V
+  std::uint8_t tile[kMaxBlock];      // place in the block, of each tile of each group
+  std::uint8_t step[kMaxBlock];      // the same of each tile in the product with V
+  std::uint8_t selected[kMaxBlock];  // and of those whose values are added by selection
   int num_selected;
-  std::uint32_t prepared;                 // bit per slot: its scores need a pass
+  std::uint32_t prepared;  // bit per slot: its scores need a pass
 
   // Where P of tile j lies. Those that fill up a group share a place that nobody reads.
   int place(int j, const Sizes& sizes) const { return j < live ? tile[j] : sizes.block; }
 };
 
-// ------------------------------------------------------------------------------------------ the fast path
+// ------------------------------------------------------------------------------------------ the
+// fast path
 
 // The softmax of one strip while one slot passes.
 struct Softmax {
@@ -114,11 +124,12 @@ struct Softmax {
     const __m512 e0 = exp2(_mm512_fmadd_ps(_mm512_load_ps(s), scale, minus_m[half]));
     const __m512 e1 = exp2(_mm512_fmadd_ps(_mm512_load_ps(s + kLanes), scale, minus_m[half]));
     sum[half] = _mm512_add_ps(sum[half], _mm512_add_ps(e0, e1));
-    // Now, not later: GCC defers all additions of a slot to its end otherwise and spills 200 vectors (d = 64: 42 % of
-    // peak instead of 53).
+    // Now, not later: GCC defers all additions of a slot to its end otherwise and spills 200
+    // vectors (d = 64: 42 % of peak instead of 53).
     asm volatile("" : "+v"(sum[half]));
-    // Half an ulp, then the upper half: cut without it, P is biased against l and the error doubles. The addition and
-    // the byte shift run on the port that has no FMA; a shift by bits would not.
+    // Half an ulp, then the upper half: cut without it, P is biased against l and the error
+    // doubles. The addition and the byte shift run on the port that has no FMA; a shift by bits
+    // would not.
     const __m512i half_ulp = _mm512_set1_epi32(0x8000);
     const __m512i u0 = _mm512_add_epi32(_mm512_castps_si512(e0), half_ulp);
     const __m512i u1 = _mm512_add_epi32(_mm512_castps_si512(e1), half_ulp);
@@ -150,7 +161,8 @@ struct Softmax {
   store_sums(block.strip, softmax.sum[0], softmax.sum[1]);
 }
 
-// ------------------------------------------------------------------------------------------ passes over the scores
+// ------------------------------------------------------------------------------------------ passes
+// over the scores
 
 // To natural units, with soft cap and bias.
 inline void transform(float* s, const float* bias, const ScoreRule& rule) {
@@ -190,10 +202,11 @@ inline void hide(float* s, const std::uint32_t* bits) {
   }
 }
 
-// ------------------------------------------------------------------------------------------ the reference
+// ------------------------------------------------------------------------------------------ the
+// reference
 
-// Multiplies one half of P of a tile. A power of two: bf16 loses nothing above its least normal number, and what is
-// below the tile products take for zero.
+// Multiplies one half of P of a tile. A power of two: bf16 loses nothing above its least normal
+// number, and what is below the tile products take for zero.
 inline void scale_p(Bf16* p, __m512 factor) {
   for (int j = 0; j < 16; ++j) {
     const __m512i pair = _mm512_load_si512(p + j * 32);
@@ -213,16 +226,17 @@ inline __m512 top_score(const float* s, int half, int group) {
   for (int g = 0; g < group; ++g) {
     const float* at = s + g * kSquare + half * 512;
     for (int r = 0; r < kTileKeys; r += 4) {
-      for (int i = 0; i < 4; ++i) top[i] = _mm512_max_ps(_mm512_load_ps(at + (r + i) * kLanes), top[i]);
+      for (int i = 0; i < 4; ++i)
+        top[i] = _mm512_max_ps(_mm512_load_ps(at + (r + i) * kLanes), top[i]);
     }
   }
   return _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
 }
 
-// Raises the lanes whose scores in this slot top their guard: m, b, f, and P of the slots of the block before. Returns
-// whether there was one.
-[[gnu::noinline]] bool raise(const Block& block, int slot, const float* s, Bf16* p,
-                             const Rule& rule, const Sizes& sizes) {
+// Raises the lanes whose scores in this slot top their guard: m, b, f, and P of the slots of the
+// block before. Returns whether there was one.
+[[gnu::noinline]] bool raise_lanes(const Block& block, int slot, const float* s, Bf16* p,
+                                   const Rule& rule, const Sizes& sizes) {
   Strip::Head& z = *block.strip.head;
   bool any = false, grown = false, unset_left = false;
   for (int half = 0; half < 2; ++half) {
@@ -251,14 +265,29 @@ inline __m512 top_score(const float* s, int half, int group) {
     }
   }
   z.raised |= grown ? 1 : 0;
-  z.watch = grown ? kWatchedSlots : static_cast<std::int32_t>(larger(z.watch - 1, unset_left ? 1 : 0));
+  z.watch =
+      grown ? kWatchedSlots : static_cast<std::int32_t>(larger(z.watch - 1, unset_left ? 1 : 0));
   return any;
 }
 
-// ------------------------------------------------------------------------------------------ end of a block
+// Scaling down makes denormals, for which some cores leave the fast path for 100 cycles and more an
+// instruction, and which are nothing beside the new reference. The arithmetic is in functions that
+// are not inlined, since compilers may move it across a change of mode.
+constexpr unsigned kFlushDenormals = 0x8040;
 
-// O and l after a reference was raised. O must lie in memory, with all blocks before this one.
-[[gnu::noinline]] void rescale(const Strip& strip, const Sizes& sizes) {
+inline bool raise(const Block& block, int slot, const float* s, Bf16* p, const Rule& rule,
+                  const Sizes& sizes) {
+  const unsigned mode = _mm_getcsr();
+  _mm_setcsr(mode | kFlushDenormals);
+  const bool any = raise_lanes(block, slot, s, p, rule, sizes);
+  _mm_setcsr(mode);
+  return any;
+}
+
+// ------------------------------------------------------------------------------------------ end of
+// a block
+
+[[gnu::noinline]] void multiply_by_factor(const Strip& strip, const Sizes& sizes) {
   Strip::Head& z = *strip.head;
   for (int half = 0; half < 2; ++half) {
     const __m512 f = _mm512_load_ps(z.f + half * kLanes);
@@ -274,6 +303,14 @@ inline __m512 top_score(const float* s, int half, int group) {
   z.raised = 0;
 }
 
+// O and l after a reference was raised. O must lie in memory, with all blocks before this one.
+inline void rescale(const Strip& strip, const Sizes& sizes) {
+  const unsigned mode = _mm_getcsr();
+  _mm_setcsr(mode | kFlushDenormals);
+  multiply_by_factor(strip, sizes);
+  _mm_setcsr(mode);
+}
+
 // The sum of the block first, then l: see Strip::Head::b.
 inline void add_block_sum(const Strip& strip) {
   Strip::Head& z = *strip.head;
@@ -287,9 +324,10 @@ inline float bf16_value(Bf16 x) {
   return __builtin_bit_cast(float, static_cast<std::uint32_t>(x) << 16);
 }
 
-// O += V^T P^T for a tile that some lanes see only in part and that holds a value that is not finite: each lane adds
-// what it sees, since 0 * NaN would reach the others.
-[[gnu::noinline]] void add_selected(const Block& block, int place, const Bf16* p, const Sizes& sizes) {
+// O += V^T P^T for a tile that some lanes see only in part and that holds a value that is not
+// finite: each lane adds what it sees, since 0 * NaN would reach the others.
+[[gnu::noinline]] void add_selected(const Block& block, int place, const Bf16* p,
+                                    const Sizes& sizes) {
   const std::uint32_t* bits = block.work->lane_bits + (block.first + place) * kTileKeys;
   p += place * kSquare;
   for (std::int64_t row = 0; row < sizes.v_units * 32; ++row) {
@@ -299,8 +337,9 @@ inline float bf16_value(Bf16 x) {
       __m512 sum = _mm512_load_ps(o);
       for (int key = 0; key < kTileKeys; ++key) {
         const __m512i pair = _mm512_load_si512(p + half * 512 + key / 2 * 32);
-        const __m512i weight = key % 2 == 0 ? _mm512_slli_epi32(pair, 16)
-                                            : _mm512_and_si512(pair, _mm512_set1_epi32(static_cast<int>(0xffff0000U)));
+        const __m512i weight =
+            key % 2 == 0 ? _mm512_slli_epi32(pair, 16)
+                         : _mm512_and_si512(pair, _mm512_set1_epi32(static_cast<int>(0xffff0000U)));
         const auto seen = static_cast<__mmask16>(bits[key] >> (half * kLanes));
         sum = _mm512_mask3_fmadd_ps(_mm512_set1_ps(bf16_value(v[key])), _mm512_castsi512_ps(weight),
                                     sum, seen);

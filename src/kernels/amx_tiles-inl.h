@@ -1,10 +1,11 @@
-// Tile operations of the AMX kernel, twice: the hardware's, and plain C++ arrays that prove the kernel on a CPU without
-// AMX. Included by amx_bf16.cc inside its target region; includes nothing.
+// Tile operations of the AMX kernel, twice: the hardware's, and plain C++ arrays that prove the
+// kernel on a CPU without AMX. Included by amx_bf16.cc inside its target region.
 //
-// Every tile is 16 rows of 64 bytes and every operand lies in memory as such tiles without gaps, so loads and stores
-// need no stride. Tiles 0 to 3 hold C, 4 and 5 A, 6 and 7 B. Tiles belong to a thread from open(), which zeroes them, to
-// close(), behind which a thread's state is as small as before; the pair costs 50 ns, so once a call. (No destructor:
-// unwinding would need symbols that the linker may share with other code.)
+// Every tile is 16 rows of 64 bytes and every operand lies in memory as such tiles without gaps, so
+// loads and stores need no stride. Tiles 0 to 3 hold C, 4 and 5 A, 6 and 7 B. Tiles belong to a
+// thread from open(), which zeroes them, to close(), behind which a thread's state is as small as
+// before; the pair costs 50 ns, so once a call. (No destructor: unwinding would need symbols that
+// the linker may share with other code.)
 #pragma once
 
 namespace annulus {
@@ -12,7 +13,8 @@ namespace {
 
 constexpr int kTileBytes = 1024;
 
-// ------------------------------------------------------------------------------------------ hardware
+// ------------------------------------------------------------------------------------------
+// hardware
 
 struct HardwareTiles {};
 
@@ -28,8 +30,9 @@ inline void open(HardwareTiles&) {
 }
 inline void close(HardwareTiles&) { asm volatile("tilerelease" ::: "memory"); }
 
-// Assembly instead of intrinsics: the clobber of memory keeps the compiler from moving the loads and
-// stores of the exponentials across a product, so the interleaving written is the one that runs.
+// Assembly instead of intrinsics: the clobber of memory keeps the compiler from moving the loads
+// and stores of the exponentials across a product, so the interleaving written is the one that
+// runs.
 template <int kTile>
 [[gnu::always_inline]] inline void load(HardwareTiles&, const void* from) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(64L), "i"(kTile) : "memory");
@@ -53,7 +56,8 @@ template <int kC, int kA, int kB>
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB) : "memory");
 }
 
-// ------------------------------------------------------------------------------------------ simulated
+// ------------------------------------------------------------------------------------------
+// simulated
 
 struct SimulatedTiles {
   alignas(64) std::uint32_t tile[8][16][16];
@@ -73,8 +77,8 @@ inline float flush(float x) { return as_float(flush(as_bits(x))); }
 inline float even_half(std::uint32_t pair) { return as_float(flush(pair << 16)); }
 inline float odd_half(std::uint32_t pair) { return as_float(flush(pair & 0xffff0000U)); }
 
-// As the instruction is documented: the even and the odd elements of a row have a sum each, from zero, rounded behind
-// every fused product; then the two are added, then C.
+// As the instruction is documented: the even and the odd elements of a row have a sum each, from
+// zero, rounded behind every fused product; then the two are added, then C.
 [[gnu::noinline]] inline void multiply_tiles(std::uint32_t (&c)[16][16],
                                              const std::uint32_t (&a)[16][16],
                                              const std::uint32_t (&b)[16][16]) {

@@ -136,13 +136,7 @@ std::vector<std::int64_t> count_item_pairs(const Problem& problem, const std::ve
       pairs[i] = pairs[i - per_head];
       continue;
     }
-    TokenSide queries{&q_rows, {}};
-    if (!q_segments.empty()) {
-      queries.segments = std::span(q_segments)
-                             .subspan(static_cast<std::size_t>(item.batch * q_rows.size()),
-                                      static_cast<std::size_t>(q_rows.size()));
-    }
-    pairs[i] = count_rows(problem, item, queries, keys.side(item.batch));
+    pairs[i] = count_rows(problem, item, {&q_rows, q_segments}, keys.side());
   }
   return pairs;
 }
@@ -290,6 +284,100 @@ Lanes ForwardPass::lanes_of(const Item& item, std::int64_t strip) const {
   return lanes;
 }
 
+// Finds the classes of one strip's tiles by halving the panel until a piece is empty, full or one
+// tile: most panels are one piece, and the edge of a mask crosses few tiles of the others.
+class ForwardPass::StripTiles {
+ public:
+  StripTiles(const ForwardPass& pass, const ItemView& item, std::int64_t strip,
+             const KeyBlock& keys, const Panel& panel, std::uint8_t* tile_class,
+             std::uint32_t* lane_bits)
+      : pass_(pass),
+        item_(item.item),
+        strip_(strip),
+        keys_(keys),
+        panel_(panel),
+        box_(item.strips[static_cast<std::size_t>(strip - item.item.strip_begin)]),
+        step_(pass.kernel_.tile_keys),
+        tile_class_(tile_class),
+        lane_bits_(lane_bits) {
+    const std::int64_t row = strip * pass.kernel_.strip_rows;
+    lane_count_ = std::min(row + pass.kernel_.strip_rows, item.item.row_end) - row;
+    lanes_.count = 0;
+  }
+
+  // Visible pairs of the strip and the panel.
+  std::int64_t classify() {
+    const std::int64_t tiles = ceil_div(panel_.count, step_);
+    return panel_.shade == TileClass::kFull ? fill(0, tiles) : classify(0, tiles);
+  }
+
+ private:
+  std::int64_t classify(std::int64_t first, std::int64_t end) {
+    const std::int64_t begin = panel_.begin + first * step_, count = keys_in(first, end);
+    box_.keys = positions(keys_, begin, count);
+    box_.key_segments = keys_.segment_range(item_.batch, begin, count);
+    const TileClass shade = pass_.problem_.visibility.classify(box_);
+    if (shade == TileClass::kFull) return fill(first, end);
+    if (shade == TileClass::kEmpty) {
+      std::memset(tile_class_ + first, kTileEmpty, static_cast<std::size_t>(end - first));
+      return 0;
+    }
+    if (end - first == 1) return look_at(first);
+    const std::int64_t middle = first + (end - first) / 2;
+    const std::int64_t left = classify(first, middle);
+    return left + classify(middle, end);
+  }
+
+  [[nodiscard]] std::int64_t keys_in(std::int64_t first, std::int64_t end) const {
+    return std::min(end * step_, panel_.count) - first * step_;
+  }
+
+  std::int64_t fill(std::int64_t first, std::int64_t end) {
+    std::memset(tile_class_ + first, kTileFull, static_cast<std::size_t>(end - first));
+    const std::int64_t count = keys_in(first, end);
+    if (count % step_ != 0) {  // the padding keys behind the last one are hidden
+      tile_class_[end - 1] = kTilePartial;
+      const auto all = static_cast<std::uint32_t>((std::uint64_t{1} << lane_count_) - 1);
+      for (std::int64_t k = (end - 1) * step_; k < end * step_; ++k) {
+        lane_bits_[k] = k < panel_.count ? all : 0;
+      }
+    }
+    return lane_count_ * count;
+  }
+
+  // A tile that is partial as far as its edges tell: every pair of it.
+  std::int64_t look_at(std::int64_t tile) {
+    if (lanes_.count == 0) lanes_ = pass_.lanes_of(item_, strip_);
+    const std::int64_t begin = panel_.begin + tile * step_, count = keys_in(tile, tile + 1);
+    const std::span<const std::int32_t> ids = keys_.segments_of_row(item_.batch);
+    const auto some =
+        std::span(keys_.rows.position)
+            .subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count));
+    std::uint32_t* bits = lane_bits_ + tile * step_;
+    pass_.problem_.visibility.lane_bits(item_.batch, lanes_,
+                                        {some, ids.empty() ? nullptr : ids.data() + begin}, bits);
+    std::fill(bits + count, bits + step_, 0U);  // padding keys
+    std::int64_t seen = 0;
+    for (std::int64_t k = 0; k < count; ++k) seen += std::popcount(bits[k]);
+    tile_class_[tile] = seen == 0                     ? kTileEmpty
+                        : seen == lane_count_ * step_ ? kTileFull
+                                                      : kTilePartial;
+    return seen;
+  }
+
+  const ForwardPass& pass_;
+  const Item& item_;
+  const std::int64_t strip_;
+  const KeyBlock& keys_;
+  const Panel& panel_;
+  TileBox box_;
+  const std::int64_t step_;
+  std::uint8_t* tile_class_;
+  std::uint32_t* lane_bits_;
+  std::int64_t lane_count_ = 0;
+  Lanes lanes_;
+};
+
 std::int64_t ForwardPass::run_item(const Item& item, const KeyBlock& keys, std::byte* states,
                                    const ThreadMemory& memory) const {
   const ItemView view = view_of(item);
@@ -305,7 +393,8 @@ std::int64_t ForwardPass::run_item(const Item& item, const KeyBlock& keys, std::
       const std::int64_t slot = s - item.strip_begin;
       std::uint8_t* tile_class = memory.tile_class + slot * tiles;
       std::uint32_t* lane_bits = memory.lane_bits + slot * layout_.panel_keys;
-      const std::int64_t seen = classify_strip(view, s, keys, panel, tile_class, lane_bits);
+      const std::int64_t seen =
+          StripTiles(*this, view, s, keys, panel, tile_class, lane_bits).classify();
       if (seen == 0) continue;
       pairs += seen;
       float* bias = nullptr;
@@ -323,64 +412,6 @@ std::int64_t ForwardPass::run_item(const Item& item, const KeyBlock& keys, std::
     tick_();
   }
   return pairs;
-}
-
-std::int64_t ForwardPass::classify_strip(const ItemView& item, std::int64_t strip,
-                                         const KeyBlock& keys, const Panel& panel,
-                                         std::uint8_t* tile_class, std::uint32_t* lane_bits) const {
-  const std::int64_t step = kernel_.tile_keys, tiles = ceil_div(panel.count, step);
-  const std::int64_t row = strip * kernel_.strip_rows;
-  const std::int64_t lane_count = std::min(row + kernel_.strip_rows, item.item.row_end) - row;
-  TileBox box = item.strips[static_cast<std::size_t>(strip - item.item.strip_begin)];
-  const auto shade_of = [&](std::int64_t begin, std::int64_t count) {
-    box.keys = positions(keys, begin, count);
-    box.key_segments = keys.segment_range(item.item.batch, begin, count);
-    return problem_.visibility.classify(box);
-  };
-  const TileClass whole =
-      panel.shade == TileClass::kFull ? panel.shade : shade_of(panel.begin, panel.count);
-  if (whole == TileClass::kEmpty) return 0;
-  if (whole == TileClass::kFull) {
-    std::memset(tile_class, kTileFull, static_cast<std::size_t>(tiles));
-    if (panel.count % step != 0) {  // the padding keys behind the last one are hidden
-      tile_class[tiles - 1] = kTilePartial;
-      const auto all = static_cast<std::uint32_t>((std::uint64_t{1} << lane_count) - 1);
-      for (std::int64_t k = (tiles - 1) * step; k < tiles * step; ++k) {
-        lane_bits[k] = k < panel.count ? all : 0;
-      }
-    }
-    return lane_count * panel.count;
-  }
-  std::int64_t pairs = 0;
-  Lanes lanes;
-  lanes.count = 0;
-  for (std::int64_t t = 0; t < tiles; ++t) {
-    const std::int64_t begin = panel.begin + t * step,
-                       count = std::min(step, panel.count - t * step);
-    const TileClass shade = shade_of(begin, count);
-    tile_class[t] = static_cast<std::uint8_t>(shade);
-    if (shade == TileClass::kFull) pairs += lane_count * count;
-    if (shade == TileClass::kEmpty || (shade == TileClass::kFull && count == step)) continue;
-    if (lanes.count == 0) lanes = lanes_of(item.item, strip);
-    const std::int64_t seen = tile_bits(item.item, lanes, keys, begin, count, lane_bits + t * step);
-    if (shade == TileClass::kPartial) pairs += seen;
-    tile_class[t] = seen == 0 ? kTileEmpty : seen == lane_count * step ? kTileFull : kTilePartial;
-  }
-  return pairs;
-}
-
-std::int64_t ForwardPass::tile_bits(const Item& item, const Lanes& lanes, const KeyBlock& keys,
-                                    std::int64_t begin, std::int64_t count,
-                                    std::uint32_t* bits) const {
-  const std::int32_t* ids = keys.segments.empty() ? nullptr : keys.side(item.batch).segments.data();
-  const auto some = std::span(keys.rows.position)
-                        .subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count));
-  problem_.visibility.lane_bits(item.batch, lanes, {some, ids == nullptr ? ids : ids + begin},
-                                bits);
-  std::fill(bits + count, bits + kernel_.tile_keys, 0U);  // padding keys
-  std::int64_t seen = 0;
-  for (std::int64_t k = 0; k < count; ++k) seen += std::popcount(bits[k]);
-  return seen;
 }
 
 void ForwardPass::gather_bias(const Item& item, const Lanes& lanes, const KeyBlock& keys,

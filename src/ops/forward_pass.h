@@ -77,6 +77,7 @@ class ForwardPass {
   struct ThreadMemory;
   struct ItemView;  // an item with the boxes of its strips
   struct Panel;
+  class StripTiles;
 
   [[nodiscard]] ItemView view_of(const Item& item) const;
   [[nodiscard]] TileBox box_of(const Item& item, std::int64_t row_begin,
@@ -85,11 +86,6 @@ class ForwardPass {
   [[nodiscard]] Lanes lanes_of(const Item& item, std::int64_t strip) const;
   std::int64_t run_item(const Item& item, const KeyBlock& keys, std::byte* states,
                         const ThreadMemory& memory) const;
-  std::int64_t classify_strip(const ItemView& item, std::int64_t strip, const KeyBlock& keys,
-                              const Panel& panel, std::uint8_t* tile_class,
-                              std::uint32_t* lane_bits) const;
-  std::int64_t tile_bits(const Item& item, const Lanes& lanes, const KeyBlock& keys,
-                         std::int64_t begin, std::int64_t count, std::uint32_t* bits) const;
   void gather_bias(const Item& item, const Lanes& lanes, const KeyBlock& keys, const Panel& panel,
                    const std::uint8_t* tile_class, float* bias) const;
   void start_item(const Item& item, std::byte* states) const;

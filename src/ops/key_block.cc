@@ -8,10 +8,10 @@
 
 namespace annulus {
 
-TokenSide KeyBlock::side(std::int64_t batch) const {
-  if (segments.empty()) return {&rows, {}};
-  return {&rows, std::span(segments).subspan(static_cast<std::size_t>(batch * num_keys()),
-                                             static_cast<std::size_t>(num_keys()))};
+std::span<const std::int32_t> KeyBlock::segments_of_row(std::int64_t batch) const {
+  if (segments.empty()) return {};
+  const auto count = static_cast<std::size_t>(num_keys());
+  return std::span(segments).subspan(static_cast<std::size_t>(batch) * count, count);
 }
 
 SegmentRange KeyBlock::segment_range(std::int64_t batch, std::int64_t begin,
@@ -34,7 +34,7 @@ KeyBlock describe_keys(const ForwardKernel& kernel, const Problem& problem, Rows
   block.head_bytes = kernel.packed_bytes(problem.dims, block.num_keys());
   if (block.segments.empty()) return block;
   for (std::int64_t b = 0; b < problem.batch; ++b) {
-    const std::span<const std::int32_t> ids = block.side(b).segments;
+    const std::span<const std::int32_t> ids = block.segments_of_row(b);
     for (std::int64_t k = 0; k < block.num_keys(); k += block.tile_keys) {
       const auto tile =
           ids.subspan(static_cast<std::size_t>(k),

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "annulus/communicator.h"
@@ -23,7 +24,9 @@ struct KeyBlock {
   Parcel packed;                // [batch][num_kv_heads][head_bytes]
 
   [[nodiscard]] std::int64_t num_keys() const { return rows.size(); }
-  [[nodiscard]] TokenSide side(std::int64_t batch) const;
+  [[nodiscard]] TokenSide side() const { return {&rows, segments}; }
+  // Segment ids of one batch row; empty without segment ids.
+  [[nodiscard]] std::span<const std::int32_t> segments_of_row(std::int64_t batch) const;
   // Of keys [begin, begin + count), begin a multiple of tile_keys.
   [[nodiscard]] SegmentRange segment_range(std::int64_t batch, std::int64_t begin,
                                            std::int64_t count) const;
