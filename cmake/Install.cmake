@@ -19,7 +19,7 @@ install(FILES ${PROJECT_BINARY_DIR}/annulusConfig.cmake ${PROJECT_BINARY_DIR}/an
 set(pc_dir ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
 cmake_path(RELATIVE_PATH CMAKE_INSTALL_PREFIX BASE_DIRECTORY ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig
   OUTPUT_VARIABLE prefix_from_pc)
-set(pc_requires "libhwy, libxxhash, fmt")
+set(pc_requires "libhwy, fmt")
 if(ANNULUS_EXECUTOR STREQUAL "tbb")
   string(APPEND pc_requires ", tbb")
 endif()

@@ -23,16 +23,17 @@ LAYERS = {
 # Tests look from above: they may compare with the oracle and use files.
 TESTS_MAY = {"base", "core", "kernels", "comm", "ops", "reference", "io"}
 
+TEST_FILE = r"_test\.cc$|_test_\w+\.h$|_testing\.h$|^tests/"
+
 # Who may include a library. Others stay replaceable and quick to compile.
 THIRD_PARTY = {
     r"hwy/": r"src/kernels/",
     r"tbb/|oneapi/": r"src/base/executor_tbb\.cc$",
     r"nlohmann/|fmt/": r"src/io/|tools/|bench/",
-    r"xxhash\.h$": r"src/comm/|src/ops/|src/base/",
     r"CLI/": r"tools/|bench/",
     r"benchmark/": r"bench/",
     r".*mmintrin\.h$|x86intrin\.h$": r"src/kernels/",
-    r"gtest/|gmock/|rapidcheck": r"_test\.cc$|_testing\.h$|^tests/",
+    r"gtest/|gmock/|rapidcheck": TEST_FILE,
 }
 
 # core is pure, so that brute force can test it.
@@ -79,7 +80,7 @@ def include_error(path, name, quoted):
             return None if re.search(allowed, path) else f"only files of {allowed} may include it"
     if name.startswith("annulus/"):
         return None
-    is_test = re.search(r"_test\.cc$|_testing\.h$", path) is not None
+    is_test = re.search(TEST_FILE, path) is not None
     if top == "src":
         layer = path.split("/")[1]
         if not quoted:
@@ -107,7 +108,7 @@ def check_file(root, file):
             yield f"{path}:{number}: {name}: {error}"
     if file.suffix == ".h" and not path.endswith("-inl.h") and "#pragma once" not in text:
         yield f"{path}:1: no #pragma once"
-    if path.startswith(("src/", "include/")) and not re.search(r"_test\.cc$|_testing\.h$", path):
+    if path.startswith(("src/", "include/")) and not re.search(TEST_FILE, path):
         code = without_comments_and_strings(text)
         for pattern, what, except_in in FORBIDDEN_IN_SRC:
             for match in re.finditer(pattern, code):

@@ -10,6 +10,7 @@
 #include "call.h"
 #include "failure.h"
 #include "inputs.h"
+#include "option_group.h"
 #include "process.h"
 #include "progress.h"
 #include "text.h"
@@ -44,27 +45,19 @@ bool parse_bench(BenchArguments& arguments, int argc, char** argv) {
   Options& options = arguments.options;
   CLI::App app("Verifies, then measures: a suite, or one row of the asked shape.", "annulus bench");
   app.footer(kExamples);
-  const std::string group = "Benchmark";
-  app.add_option("--suite", arguments.suite, "quick (default), kernels, ring, decode or all")
-      ->check(one_of({"quick", "kernels", "ring", "decode", "all"}))
-      ->type_name("NAME")
-      ->group(group);
-  app.add_option("--threads", arguments.threads,
-                 "of the rows with several threads [2]; of the one row [1]")
-      ->check(at_least_one())
-      ->type_name("N")
-      ->group(group);
-  app.add_option("--repeat", arguments.repeat, "calls per row, at least 10 [10]")
-      ->check(at_least_ten())
-      ->type_name("N")
-      ->group(group);
+  OptionGroup group(app, "Benchmark");
+  group.value("--suite", arguments.suite, "NAME", "quick (default), kernels, ring, decode or all",
+              one_of({"quick", "kernels", "ring", "decode", "all"}));
+  group.value("--threads", arguments.threads, "N",
+              "of the rows with several threads [2]; of the one row [1]", at_least_one());
+  group.value("--repeat", arguments.repeat, "N", "calls per row, at least 10 [10]", at_least_ten());
   add_isa_option(app, options);
   add_shape_options(app, options);
   add_mask_options(app, options);
   add_arithmetic_options(app, options);
   add_ring_options(app, options);
   add_json_option(app, options.json);
-  app.add_flag("--quiet", options.quiet, "no progress on standard error")->group("About the run");
+  add_quiet_option(app, options.quiet);
   return parse(app, argc, argv, &options);
 }
 
@@ -116,6 +109,17 @@ Json machine_json() {
       {"cpu", cpu_name()}, {"targets", names}, {"cores", allowed_cpus()}, {"version", kVersion}};
 }
 
+// At once, not at the end: a suite takes minutes.
+void print_group(const BenchGroup& group, const std::vector<BenchResult>& results) {
+  Table table(row_heading());
+  for (std::size_t i = 0; i < results.size(); ++i) table.add(row_cells(group[i], results[i]));
+  fmt::print("\n{}", table.text());
+  for (const BenchResult& result : results) {
+    if (!result.check_passed) fmt::print("FAILED: {}\n", result.verdict);
+  }
+  std::fflush(stdout);
+}
+
 }  // namespace
 
 int bench_main(int argc, char** argv) {
@@ -135,31 +139,32 @@ int bench_main(int argc, char** argv) {
       one_row ? std::vector<BenchGroup>{{row_from(arguments)}}
               : suite(arguments.suite.empty() ? "quick" : arguments.suite,
                       {options.isa, arguments.threads});
+  if (!options.json) {
+    fmt::print("{}, {} allowed CPUs, annulus {}\n", cpu_name(), allowed_cpus(), kVersion);
+  }
   Json rows = Json::array();
-  Table table(row_heading());
-  std::vector<std::string> failures;
+  bool passed = true;
   for (std::size_t g = 0; g < groups.size(); ++g) {
-    const Progress progress(progress_is_visible(options.quiet),
-                            fmt::format("group {} of {}", g + 1, groups.size()), {});
-    const std::vector<BenchResult> results = measure(groups[g], arguments.repeat);
+    std::vector<BenchResult> results;
+    {
+      const Progress progress(progress_is_visible(options.quiet),
+                              fmt::format("group {} of {}", g + 1, groups.size()), {});
+      results = measure(groups[g], arguments.repeat);
+    }
     for (std::size_t i = 0; i < results.size(); ++i) {
       rows.push_back(row_json(groups[g][i], results[i]));
-      table.add(row_cells(groups[g][i], results[i]));
-      if (!results[i].check_passed) failures.push_back(results[i].verdict);
+      passed &= results[i].check_passed;
     }
+    if (!options.json) print_group(groups[g], results);
   }
-  const double seconds =
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   if (options.json) {
     fmt::print("{}\n", to_text(Json{{"machine", machine_json()}, {"rows", rows}}));
   } else {
-    fmt::print("{}, {} allowed CPUs, annulus {}\n\n{}", cpu_name(), allowed_cpus(), kVersion,
-               table.text());
-    for (const std::string& failure : failures) fmt::print("FAILED: {}\n", failure);
     if (arguments.suite == "all") fmt::print("decode is not in this build yet\n");
-    fmt::print("\n{} in all\n", time_text(seconds));
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+    fmt::print("{} in all\n", time_text(seconds.count()));
   }
-  return failures.empty() ? kOk : kCheckFailed;
+  return passed ? kOk : kCheckFailed;
 }
 
 }  // namespace annulus::tools

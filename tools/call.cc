@@ -80,8 +80,13 @@ void refuse_absent_features(const Options& options) {
     fail<Unsupported>("use --op=attention, which --workers turns into a ring", "--op={} {}",
                       options.op, later);
   }
-  for (const char* name : {"--backward", "--dbias", "--no-fused-backward", "--ring-backward"}) {
-    if (!options.was_given(name)) continue;
+  const std::pair<const char*, bool> backward[] = {
+      {"--backward", options.backward},
+      {"--dbias", options.dbias},
+      {"--no-fused-backward", options.no_fused_backward},
+      {"--ring-backward", options.was_given("--ring-backward")}};
+  for (const auto& [name, asked] : backward) {
+    if (!asked) continue;
     fail<Unsupported>("leave it out to compute out and lse", "{}: the backward pass {}", name,
                       later);
   }

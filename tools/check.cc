@@ -10,6 +10,7 @@
 #include "call.h"
 #include "compare.h"
 #include "failure.h"
+#include "option_group.h"
 #include "oracle_check.h"
 #include "process.h"
 #include "progress.h"
@@ -47,40 +48,27 @@ bool parse_check(CheckArguments& arguments, int argc, char** argv) {
       ->required();
   app.add_option("B", options.output, "safetensors file; OUTPUT of the run with --against-oracle")
       ->required();
-  const std::string files = "Two files";
-  app.add_option("--tolerance", arguments.tolerances.absolute, "largest absolute difference [0]")
-      ->check(not_negative())
-      ->type_name("X")
-      ->group(files);
-  app.add_option("--max-ulp", arguments.tolerances.ulp, "or so many steps of the coarser dtype [0]")
-      ->check(not_negative())
-      ->type_name("N")
-      ->group(files);
-  app.add_option("--rms-tolerance", arguments.tolerances.rms,
-                 "largest rms difference [not looked at]")
-      ->check(not_negative())
-      ->type_name("X")
-      ->group(files);
-  app.add_flag("--any-dtype", arguments.tolerances.any_dtype, "compare numbers of different dtypes")
-      ->group(files);
-  app.add_option("--pair", arguments.pairs, "compare only this pair; may be repeated")
-      ->type_name("NAME_A=NAME_B")
-      ->allow_extra_args(false)
-      ->group(files);
-  const std::string oracle = "A result";
-  app.add_flag("--against-oracle", arguments.against_oracle,
-               "compare out and lse in B with the formula on A")
-      ->group(oracle);
-  app.add_option("--rows", arguments.rows, "sampled rows per head [all]")
-      ->check(at_least_one())
-      ->type_name("ROWS")
-      ->group(oracle);
+  Tolerances& tolerances = arguments.tolerances;
+  OptionGroup files(app, "Two files");
+  files.value("--tolerance", tolerances.absolute, "X", "largest absolute difference [0]",
+              not_negative());
+  files.value("--max-ulp", tolerances.ulp, "N", "or so many steps of the coarser dtype [0]",
+              not_negative());
+  files.value("--rms-tolerance", tolerances.rms, "X", "largest rms difference [not looked at]",
+              not_negative());
+  files.flag("--any-dtype", tolerances.any_dtype, "compare numbers of different dtypes");
+  files
+      .value("--pair", arguments.pairs, "NAME_A=NAME_B", "compare only this pair; may be repeated")
+      ->allow_extra_args(false);
+  OptionGroup oracle(app, "A result");
+  oracle.flag("--against-oracle", arguments.against_oracle,
+              "compare out and lse in B with the formula on A");
+  oracle.value("--rows", arguments.rows, "ROWS", "sampled rows per head [all]", at_least_one());
   add_layout_options(app, options);
   add_mask_options(app, options);
   add_arithmetic_options(app, options);
   add_json_option(app, options.json);
-  app.add_flag("--quiet", options.quiet, "print errors only (and the object of --json)")
-      ->group("About the run");
+  add_quiet_option(app, options.quiet);
   return parse(app, argc, argv, &options);
 }
 

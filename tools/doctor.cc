@@ -12,6 +12,7 @@
 #include "failure.h"
 #include "inputs.h"
 #include "json.h"
+#include "option_group.h"
 #include "oracle_check.h"
 #include "process.h"
 #include "text.h"

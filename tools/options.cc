@@ -6,12 +6,16 @@
 #include <numeric>
 
 #include "failure.h"
+#include "option_group.h"
 
 namespace annulus::tools {
 namespace {
 
 constexpr std::int64_t kMost = std::int64_t{1} << 48;  // larger extents are typing errors
 constexpr int kMostThreads = 65536;
+
+constexpr const char* kArithmetic = "Arithmetic";
+constexpr const char* kAboutTheRun = "About the run";
 
 // Validators describe themselves in the help, at length; the text beside the option already says
 // it.
@@ -20,7 +24,6 @@ CLI::Validator unspoken(const Validator& validator) {
   return CLI::Validator(validator).description("");
 }
 CLI::Validator extent() { return unspoken(CLI::Range(std::int64_t{0}, kMost)); }
-CLI::Validator positive() { return unspoken(CLI::Range(std::int64_t{1}, kMost)); }
 CLI::Validator thread_count() { return unspoken(CLI::Range(1, kMostThreads)); }
 
 std::int64_t integer_from(const std::string& option, const std::string& text) {
@@ -73,204 +76,121 @@ CLI::Validator one_of(const std::vector<std::string>& names) {
   return unspoken(CLI::IsMember(names));
 }
 CLI::Validator at_least_ten() { return unspoken(CLI::Range(10, kMostThreads)); }
-CLI::Validator at_least_one() { return positive(); }
+CLI::Validator at_least_one() { return unspoken(CLI::Range(std::int64_t{1}, kMost)); }
 CLI::Validator not_negative() { return unspoken(CLI::NonNegativeNumber); }
 
 bool Options::was_given(const std::string& name) const {
   return std::any_of(given.begin(), given.end(), [&](const auto& g) { return g.first == name; });
 }
 
-void add_operation_options(CLI::App& app, Options& options) {
-  const std::string group = "Operation";
-  app.add_option("--op", options.op,
-                 "attention (one call, or a ring with --workers > 1); spmd, joint, chunked (not in "
-                 "this build)")
-      ->check(one_of({"attention", "spmd", "joint", "chunked"}))
-      ->type_name("NAME")
-      ->group(group);
-  app.add_flag("--backward", options.backward, "gradients for the tensor dout (not in this build)")
-      ->group(group);
-  app.add_flag("--dbias", options.dbias, "with --backward: that of bias too (not in this build)")
-      ->group(group);
-  app.add_flag("--no-fused-backward", options.no_fused_backward,
-               "two passes instead of one (not in this build)")
-      ->group(group);
-  app.add_option("--ring-backward", options.ring_backward,
-                 "what travels: auto, kv or q (not in this build)")
-      ->check(one_of({"auto", "kv", "q"}))
-      ->type_name("NAME")
-      ->group(group);
+void add_operation_options(CLI::App& app, Options& o) {
+  OptionGroup group(app, "Operation");
+  group.value(
+      "--op", o.op, "NAME",
+      "attention: one call, or a ring with --workers > 1; spmd, joint, chunked: not in this build",
+      one_of({"attention", "spmd", "joint", "chunked"}));
+  group.flag("--backward", o.backward, "gradients for the tensor dout (not in this build)");
+  group.flag("--dbias", o.dbias, "with --backward: that of bias too (not in this build)");
+  group.flag("--no-fused-backward", o.no_fused_backward,
+             "two passes instead of one (not in this build)");
+  group.value("--ring-backward", o.ring_backward, "NAME",
+              "what travels: auto, kv or q (not in this build)", one_of({"auto", "kv", "q"}));
 }
 
-void add_shape_options(CLI::App& app, Options& options) {
-  const std::string group = "Made inputs, N(0,1)";
-  app.add_option("--batch", options.batch, "sequences [1]")
-      ->check(extent())
-      ->type_name("N")
-      ->group(group);
-  app.add_option("--tokens", options.tokens, "queries per sequence [4096]")
-      ->check(extent())
-      ->type_name("N")
-      ->group(group);
-  app.add_option("--kv-tokens", options.kv_tokens, "keys per sequence [as --tokens]")
-      ->check(extent())
-      ->type_name("N")
-      ->group(group);
-  app.add_option("--heads", options.heads, "query heads [1]")
-      ->check(extent())
-      ->type_name("N")
-      ->group(group);
-  app.add_option("--kv-heads", options.kv_heads, "key and value heads [as --heads]")
-      ->check(extent())
-      ->type_name("N")
-      ->group(group);
-  app.add_option("--head-dim", options.head_dim, "of q and k [64]")
-      ->check(positive())
-      ->type_name("N")
-      ->group(group);
-  app.add_option("--v-head-dim", options.v_head_dim, "of v and out [as --head-dim]")
-      ->check(positive())
-      ->type_name("N")
-      ->group(group);
-  app.add_option("--dtype", options.dtype, "bf16, f16 or f32; long names too [bf16]")
-      ->check(one_of({"bf16", "f16", "f32", "bfloat16", "float16", "float32"}))
-      ->type_name("NAME")
-      ->group(group);
-  app.add_option("--seed", options.seed, "of the values [0]")->type_name("N")->group(group);
+void add_shape_options(CLI::App& app, Options& o) {
+  OptionGroup group(app, "Made inputs, N(0,1)");
+  group.value("--batch", o.batch, "N", "sequences [1]", extent());
+  group.value("--tokens", o.tokens, "N", "queries per sequence [4096]", extent());
+  group.value("--kv-tokens", o.kv_tokens, "N", "keys per sequence [as --tokens]", extent());
+  group.value("--heads", o.heads, "N", "query heads [1]", extent());
+  group.value("--kv-heads", o.kv_heads, "N", "key and value heads [as --heads]", extent());
+  group.value("--head-dim", o.head_dim, "N", "of q and k [64]", at_least_one());
+  group.value("--v-head-dim", o.v_head_dim, "N", "of v and out [as --head-dim]", at_least_one());
+  group.value("--dtype", o.dtype, "NAME", "bf16, f16 or f32; long names too [bf16]",
+              one_of({"bf16", "f16", "f32", "bfloat16", "float16", "float32"}));
+  group.value("--seed", o.seed, "N", "of the values [0]");
 }
 
-void add_layout_options(CLI::App& app, Options& options) {
-  const std::string group = "Files";
-  app.add_option("--layout", options.layout,
-                 "of q, k, v, out in files: bshd, bhsd, or bhds (q and k [b,h,d,s], else bhsd)")
-      ->check(one_of({"bshd", "bhsd", "bhds"}))
-      ->type_name("NAME")
-      ->group(group);
-  app.add_flag("--ignore-extra", options.ignore_extra,
-               "leave tensors with other names in INPUT alone")
-      ->group(group);
+void add_layout_options(CLI::App& app, Options& o) {
+  OptionGroup group(app, "Files");
+  group.value("--layout", o.layout, "NAME",
+              "of q, k, v, out in files: bshd, bhsd, or bhds (q and k [b,h,d,s], else bhsd)",
+              one_of({"bshd", "bhsd", "bhds"}));
+  group.flag("--ignore-extra", o.ignore_extra, "leave tensors with other names in INPUT alone");
 }
 
-void add_ring_options(CLI::App& app, Options& options) {
-  const std::string group = "Ring";
-  app.add_option("--workers", options.workers,
-                 "threads of this process that form the ring [1, or ANNULUS_WORKERS]")
-      ->check(thread_count())
-      ->type_name("P")
-      ->group(group);
-  app.add_option("--threads-per-worker", options.threads_per_worker,
-                 "[the allowed CPUs divided by the workers]")
-      ->check(thread_count())
-      ->type_name("N")
-      ->group(group);
-  app.add_option("--partition", options.partition,
-                 "contiguous, striped, zigzag, or positions (tensors in INPUT)")
-      ->check(one_of({"contiguous", "striped", "zigzag", "positions"}))
-      ->type_name("NAME")
-      ->group(group);
-  app.add_option("--topology", options.topology, "ring, or linear: no wrap-around link")
-      ->check(one_of({"ring", "linear"}))
-      ->type_name("NAME")
-      ->group(group);
-  app.add_option("--num-links", options.num_links,
-                 "parallel channels per message [1] (more: not in this build)")
-      ->check(thread_count())
-      ->type_name("N")
-      ->group(group);
-  app.add_flag("--all-gather", options.all_gather,
-               "gather all keys, pass no blocks (not in this build)")
-      ->group(group);
+void add_ring_options(CLI::App& app, Options& o) {
+  OptionGroup group(app, "Ring");
+  group.value("--workers", o.workers, "P",
+              "threads of this process that form the ring [1, or ANNULUS_WORKERS]", thread_count());
+  group.value("--threads-per-worker", o.threads_per_worker, "N",
+              "[the allowed CPUs divided by the workers]", thread_count());
+  group.value("--partition", o.partition, "NAME",
+              "contiguous, striped, zigzag, or positions (tensors in INPUT)",
+              one_of({"contiguous", "striped", "zigzag", "positions"}));
+  group.value("--topology", o.topology, "NAME", "ring, or linear: no wrap-around link",
+              one_of({"ring", "linear"}));
+  group.value("--num-links", o.num_links, "N",
+              "parallel channels per message [1] (more: not in this build)", thread_count());
+  group.flag("--all-gather", o.all_gather, "gather all keys, pass no blocks (not in this build)");
 }
 
-void add_mask_options(CLI::App& app, Options& options) {
-  const std::string group = "Mask (rules are ANDed)";
-  app.add_flag("--causal", options.causal, "query i sees keys up to i, aligned as below")
-      ->group(group);
-  app.add_option("--causal-alignment", options.causal_alignment,
-                 "bottom-right (default) or top-left, for unequal lengths")
-      ->check(one_of({"bottom-right", "top-left"}))
-      ->type_name("NAME")
-      ->group(group);
-  app.add_option("--sliding-window", options.sliding_window,
-                 "keys i-L .. i+R; one number is both; -1 is unlimited")
-      ->type_name("L[,R]")
-      ->group(group);
-  app.add_option("--chunk-size", options.chunk_size, "same chunk of N tokens, and not later")
-      ->check(extent())
-      ->type_name("N")
-      ->group(group);
-  app.add_option("--padding-segment-id", options.padding_segment_id,
-                 "tokens of this segment see nothing and are not seen")
-      ->type_name("ID")
-      ->group(group);
-  app.add_option("--logical-n", options.logical_n, "--op joint: tokens before the padding")
-      ->check(extent())
-      ->type_name("N")
-      ->group(group);
-  app.add_option("--logical-l", options.logical_l, "--op joint: joint tokens before the padding")
-      ->check(extent())
-      ->type_name("N")
-      ->group(group);
-  app.add_option("--joint-strategy", options.joint_strategy, "--op joint: rear, front or none")
-      ->check(one_of({"rear", "front", "none"}))
-      ->type_name("NAME")
-      ->group(group);
+void add_mask_options(CLI::App& app, Options& o) {
+  OptionGroup group(app, "Mask (rules are ANDed)");
+  group.flag("--causal", o.causal, "query i sees keys up to i, aligned as below");
+  group.value("--causal-alignment", o.causal_alignment, "NAME",
+              "bottom-right (default) or top-left, for unequal lengths",
+              one_of({"bottom-right", "top-left"}));
+  group.value("--sliding-window", o.sliding_window, "L[,R]",
+              "keys i-L .. i+R; one number is both; -1 is unlimited");
+  group.value("--chunk-size", o.chunk_size, "N", "same chunk of N tokens, and not later", extent());
+  group.value("--padding-segment-id", o.padding_segment_id, "ID",
+              "tokens of this segment see nothing and are not seen");
+  group.value("--logical-n", o.logical_n, "N", "--op joint: tokens before the padding", extent());
+  group.value("--logical-l", o.logical_l, "N", "--op joint: joint tokens before the padding",
+              extent());
+  group.value("--joint-strategy", o.joint_strategy, "NAME", "--op joint: rear, front or none",
+              one_of({"rear", "front", "none"}));
 }
 
-void add_arithmetic_options(CLI::App& app, Options& options) {
-  const std::string group = "Arithmetic";
-  app.add_option("--softmax-scale", options.softmax_scale, "[head_dim^-0.5]")
-      ->type_name("X")
-      ->group(group);
-  app.add_option("--logits-soft-cap", options.logits_soft_cap,
-                 "scores become cap * tanh(score / cap)")
-      ->check(not_negative())
-      ->type_name("X")
-      ->group(group);
-  app.add_option("--dropout-prob", options.dropout_prob,
-                 "share of dropped probabilities [0] (not in this build)")
-      ->type_name("X")
-      ->group(group);
-  app.add_option("--dropout-seed", options.dropout_seed, "of the dropout pattern [0]")
-      ->type_name("N")
-      ->group(group);
+void add_arithmetic_options(CLI::App& app, Options& o) {
+  OptionGroup group(app, kArithmetic);
+  group.value("--softmax-scale", o.softmax_scale, "X", "[head_dim^-0.5]");
+  group.value("--logits-soft-cap", o.logits_soft_cap, "X", "scores become cap * tanh(score / cap)",
+              not_negative());
+  group.value("--dropout-prob", o.dropout_prob, "X",
+              "share of dropped probabilities [0] (not in this build)");
+  group.value("--dropout-seed", o.dropout_seed, "N", "of the dropout pattern [0]");
 }
 
-void add_isa_option(CLI::App& app, Options& options) {
-  app.add_option(
-         "--isa", options.isa,
-         "highest instruction set to use [ANNULUS_ISA, else the best]; annulus doctor lists them")
-      ->type_name("NAME")
-      ->group("Arithmetic");
+void add_isa_option(CLI::App& app, Options& o) {
+  OptionGroup group(app, kArithmetic);
+  group.value(
+      "--isa", o.isa, "NAME",
+      "highest instruction set to use [ANNULUS_ISA, else the best]; annulus doctor lists them");
 }
 
 void add_json_option(CLI::App& app, bool& json) {
-  app.add_flag("--json", json, "one JSON object on standard output, errors included")
-      ->group("About the run");
+  OptionGroup(app, kAboutTheRun)
+      .flag("--json", json, "one JSON object on standard output, errors included");
 }
 
-void add_about_options(CLI::App& app, Options& options) {
-  const std::string group = "About the run";
-  app.add_option("--report", options.report, "page with plan, timeline and mask")
-      ->type_name("F.html")
-      ->group(group);
-  app.add_option("--trace", options.trace, "timeline for the Perfetto viewer")
-      ->type_name("F.json")
-      ->group(group);
-  add_json_option(app, options.json);
-  app.add_flag("--check", options.check,
-               "compare with the oracle: all rows, or --check=ROWS sampled rows per head")
-      ->group(group);
-  app.add_option("--repeat", options.repeat, "compute N times, report the median [1]")
-      ->check(thread_count())
-      ->type_name("N")
-      ->group(group);
-  app.add_flag("--quiet", options.quiet, "print errors only (and the object of --json)")
-      ->group(group);
-  app.add_option("--timeout-s", options.timeout_s,
-                 "longest silence of a worker, or none [30, or ANNULUS_TIMEOUT_S]")
-      ->type_name("SECONDS")
-      ->group(group);
+void add_quiet_option(CLI::App& app, bool& quiet) {
+  OptionGroup(app, kAboutTheRun)
+      .flag("--quiet", quiet, "print errors only (and the object of --json)");
+}
+
+void add_about_options(CLI::App& app, Options& o) {
+  OptionGroup group(app, kAboutTheRun);
+  group.value("--report", o.report, "F.html", "page with plan, timeline and mask");
+  group.value("--trace", o.trace, "F.json", "timeline for the Perfetto viewer");
+  add_json_option(app, o.json);
+  group.flag("--check", o.check,
+             "compare with the oracle: all rows, or --check=ROWS sampled rows per head");
+  group.value("--repeat", o.repeat, "N", "compute N times, report the median [1]", thread_count());
+  add_quiet_option(app, o.quiet);
+  group.value("--timeout-s", o.timeout_s, "SECONDS",
+              "longest silence of a worker, or none [30, or ANNULUS_TIMEOUT_S]");
 }
 
 bool parse(CLI::App& app, int argc, char** argv, Options* options) {

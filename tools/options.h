@@ -2,7 +2,6 @@
 // wrote it; call.h turns it into a call.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -12,6 +11,10 @@
 
 #include "annulus/attention.h"
 #include "annulus/tensor.h"
+
+namespace CLI {
+class App;
+}
 
 namespace annulus::tools {
 
@@ -83,12 +86,8 @@ void add_mask_options(CLI::App& app, Options& options);
 void add_arithmetic_options(CLI::App& app, Options& options);
 void add_isa_option(CLI::App& app, Options& options);
 void add_json_option(CLI::App& app, bool& json);
+void add_quiet_option(CLI::App& app, bool& quiet);
 void add_about_options(CLI::App& app, Options& options);
-
-CLI::Validator one_of(const std::vector<std::string>& names);
-CLI::Validator at_least_one();
-CLI::Validator at_least_ten();
-CLI::Validator not_negative();
 
 // False if help was asked for, which then has been printed. Throws InvalidArgument; a mistyped name
 // is answered with the nearest known one.

@@ -7,9 +7,6 @@
 #include <chrono>
 #include <cstdio>
 #include <utility>
-
-#include "text.h"
-
 namespace annulus::tools {
 
 bool progress_is_visible(bool quiet) { return !quiet && isatty(STDERR_FILENO) != 0; }
@@ -42,10 +39,13 @@ Progress::~Progress() {
 
 void Progress::show(double seconds) {
   const double share = share_ ? share_() : -1;
-  const std::string rest = share > 0.01 ? fmt::format("{:.0f} %, {} left", share * 100,
-                                                      time_text(seconds / share * (1 - share)))
-                                        : time_text(seconds);
-  fmt::print(stderr, "\r\x1b[Kannulus: {} {}", what_, rest);
+  if (share != share_shown_) share_shown_ = share, share_since_ = seconds;
+  // Shares come in jumps; between two of them the time left runs down.
+  const double left = share_since_ / share * (1 - share) - (seconds - share_since_);
+  const std::string far =
+      share > 0.01 ? fmt::format("{:.0f} %, {:.0f} s left", share * 100, std::max(left, 0.0))
+                   : fmt::format("{:.0f} s", seconds);
+  fmt::print(stderr, "\r\x1b[Kannulus: {} {}", what_, far);
   std::fflush(stderr);
   shown_ = true;
 }

@@ -34,6 +34,8 @@ class Progress {
   std::condition_variable finished_;
   bool done_ = false;
   bool shown_ = false;
+  double share_shown_ = -1;
+  double share_since_ = 0;  // seconds after the start
   std::thread thread_;
 };
 

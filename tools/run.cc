@@ -193,7 +193,7 @@ int run_main(int argc, char** argv) {
                byte_text(static_cast<double>(result.planned_bytes)));
     std::fflush(stdout);
   }
-  require_memory(result.planned_bytes - (resident_bytes() - at_start));
+  require_memory(result.planned_bytes - resident_bytes());
 
   const Outputs outputs = make_outputs(inputs, call.out_dtype, layout_from_name(options.layout));
   if (!inputs.file) {

@@ -1,6 +1,7 @@
 #include "run_options.h"
 
 #include "annulus/targets.h"
+#include "option_group.h"
 
 namespace annulus::tools {
 
@@ -9,12 +10,11 @@ bool parse_run_options(Options& options, const std::string& program, const std::
   CLI::App app(summary, program);
   app.footer(examples);
   app.add_option("INPUT", options.input, "safetensors file")->type_name("");
-  app.add_option("-o,--output", options.output, "safetensors file to write")
-      ->type_name("OUTPUT")
-      ->group("Files");
-  app.add_option("--out-dtype", options.out_dtype, "of out: float32, or the dtype of q [that of q]")
-      ->type_name("NAME")
-      ->group("Files");
+  OptionGroup files(app, "Files");
+  files.value("-o,--output", options.output, "OUTPUT", "safetensors file to write");
+  files.value("--out-dtype", options.out_dtype, "NAME",
+              "of out: float32, or the dtype of q [that of q]",
+              one_of({"bf16", "f16", "f32", "bfloat16", "float16", "float32"}));
   add_layout_options(app, options);
   add_shape_options(app, options);
   add_operation_options(app, options);

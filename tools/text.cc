@@ -75,23 +75,23 @@ std::string short_name(std::string_view dtype) {
 std::string Table::text() const {
   const std::size_t columns = rows_.front().size();
   std::vector<std::size_t> width(columns, 0);
-  std::vector<bool> numbers(columns, rows_.size() > 1);
-  for (std::size_t r = 0; r < rows_.size(); ++r) {
-    for (std::size_t c = 0; c < columns; ++c) {
+  std::vector<bool> numbers(columns, true), used(columns, rows_.size() == 1);
+  for (std::size_t c = 0; c < columns; ++c) {
+    for (std::size_t r = 0; r < rows_.size(); ++r) {
       const std::string& cell = rows_[r][c];
       width[c] = std::max(width[c], cell.size());
-      const bool number =
-          cell.empty() || std::string("0123456789-+.").find(cell[0]) != std::string::npos;
-      if (r > 0 && !number) numbers[c] = false;
+      if (r == 0 || cell.empty()) continue;
+      used[c] = true;
+      if (cell.find_first_of("0123456789-+.") != 0) numbers[c] = false;
     }
   }
   std::string text;
   for (const auto& row : rows_) {
     std::string line;
     for (std::size_t c = 0; c < columns; ++c) {
-      line += numbers[c] ? fmt::format("{:>{}}", row[c], width[c])
-                         : fmt::format("{:<{}}", row[c], width[c]);
-      line += "  ";
+      if (!used[c]) continue;
+      line += numbers[c] ? fmt::format("{:>{}}  ", row[c], width[c])
+                         : fmt::format("{:<{}}  ", row[c], width[c]);
     }
     line.erase(line.find_last_not_of(' ') + 1);
     text += line + "\n";

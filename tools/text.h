@@ -17,7 +17,8 @@ std::string percent_text(double share);                          // "50.0 %"
 std::string shape_text(const std::vector<std::int64_t>& shape);  // "[1, 4096, 1, 64]"
 std::string short_name(std::string_view dtype);                  // "bf16" for "bfloat16"
 
-// Rows of equal length under a heading; numbers to the right, text to the left.
+// Rows of equal length under a heading; numbers to the right, text to the left, columns without a
+// cell left out.
 class Table {
  public:
   explicit Table(std::vector<std::string> heading) : rows_{std::move(heading)} {}

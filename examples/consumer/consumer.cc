@@ -47,8 +47,9 @@ Result causal_attention(int workers) {
 
 void print(const char* name, const Result& result) {
   for (std::size_t t = 0; t < 3; ++t) {
-    std::printf("%s token %zu: out %.4f %.4f lse %.4f\n", name, t, static_cast<double>(result.out[2 * t]),
-                static_cast<double>(result.out[2 * t + 1]), static_cast<double>(result.lse[t]));
+    std::printf("%s token %zu: out %.4f %.4f lse %.4f\n", name, t,
+                static_cast<double>(result.out[2 * t]), static_cast<double>(result.out[2 * t + 1]),
+                static_cast<double>(result.lse[t]));
   }
 }
 

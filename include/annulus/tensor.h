@@ -59,9 +59,9 @@ struct MutableTensorView {
     return static_cast<std::byte*>(data) +
            (a * strides[0] + b * strides[1] + c * strides[2] + d * strides[3]) * size_bytes(dtype);
   }
-  [[nodiscard]] operator TensorView() const {
-    return {data, dtype, shape, strides};
-  }  // NOLINT: a view decays
+  // A view to write is a view to read.
+  // NOLINTNEXTLINE(google-explicit-constructor)
+  [[nodiscard]] operator TensorView() const { return {data, dtype, shape, strides}; }
 };
 
 // Memory order of a dense q, k, v or out, outermost axis first; b batch, s seq, h heads, d dim.

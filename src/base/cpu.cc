@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 #include <fstream>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <string_view>
@@ -34,11 +35,13 @@ struct Cpuid {
   }
 };
 
-constexpr bool bit(std::uint64_t word, int n) { return ((word >> n) & 1U) != 0; }
+constexpr bool all_bits(std::uint64_t word, std::initializer_list<int> bits) {
+  return std::all_of(bits.begin(), bits.end(), [&](int n) { return ((word >> n) & 1U) != 0; });
+}
 
-// Registers that the operating system saves, one bit per kind. By hand: the intrinsic needs a compiler flag.
+// Which registers the operating system saves. By hand: the intrinsic needs a compiler flag.
 std::uint64_t saved_registers(const Cpuid& leaf1) {
-  if (!bit(leaf1.ecx, 27)) return 0;  // OSXSAVE
+  if (!all_bits(leaf1.ecx, {27})) return 0;  // OSXSAVE
   std::uint32_t low = 0, high = 0;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (static_cast<std::uint64_t>(high) << 32) | low;
@@ -57,9 +60,9 @@ std::string ask_for_tiles() {
 }
 
 std::string amx_refusal(const CpuFeatures& features, const Cpuid& leaf7, std::uint64_t saved) {
-  if (!bit(leaf7.edx, 24) || !bit(leaf7.edx, 22)) return "this CPU has no AMX bfloat16 instructions";
+  if (!all_bits(leaf7.edx, {22, 24})) return "this CPU has no AMX bfloat16 instructions";
   if (!features.avx512) return "AVX-512 is missing beside AMX";
-  if (!bit(saved, 17) || !bit(saved, 18)) return "the operating system does not save the tile registers";
+  if (!all_bits(saved, {17, 18})) return "the operating system does not save the tile registers";
   return ask_for_tiles();
 }
 
@@ -91,13 +94,12 @@ CpuFeatures detect() {
   CpuFeatures features;
   const Cpuid leaf1(1), leaf7(7);
   const std::uint64_t saved = saved_registers(leaf1);
-  const bool ymm = bit(saved, 1) && bit(saved, 2);
-  const bool zmm = ymm && bit(saved, 5) && bit(saved, 6) && bit(saved, 7);
-  features.avx2 = ymm && bit(leaf1.ecx, 28) && bit(leaf1.ecx, 12) && bit(leaf1.ecx, 29) &&  // AVX, FMA, F16C
-                  bit(leaf7.ebx, 5) && bit(leaf7.ebx, 3) && bit(leaf7.ebx, 8);               // AVX2, BMI1, BMI2
-  features.avx512 = zmm && features.avx2 && bit(leaf7.ebx, 16) && bit(leaf7.ebx, 17) &&  // F, DQ
-                    bit(leaf7.ebx, 28) && bit(leaf7.ebx, 30) && bit(leaf7.ebx, 31);      // CD, BW, VL
-  features.avx512_bf16 = features.avx512 && leaf7.eax >= 1 && bit(Cpuid(7, 1).eax, 5);
+  const bool ymm = all_bits(saved, {1, 2});
+  const bool zmm = all_bits(saved, {1, 2, 5, 6, 7});
+  features.avx2 = ymm && all_bits(leaf1.ecx, {12, 28, 29}) &&  // FMA, AVX, F16C
+                  all_bits(leaf7.ebx, {3, 5, 8});              // BMI1, AVX2, BMI2
+  features.avx512 = zmm && features.avx2 && all_bits(leaf7.ebx, {16, 17, 28, 30, 31});
+  features.avx512_bf16 = features.avx512 && leaf7.eax >= 1 && all_bits(Cpuid(7, 1).eax, {5});
   features.amx_reason = amx_refusal(features, leaf7, saved);
   features.amx_bf16 = features.amx_reason.empty();
   features.vendor = vendor_text();
@@ -137,8 +139,8 @@ std::optional<double> keyed_number(const Path& file, std::string_view key) {
   return {};
 }
 
-// From the group of this process up to the mount. Inside a container the path may name a folder outside: then only the
-// mount itself is there, which is right.
+// From the group of this process up to the mount. Inside a container the path may name a folder
+// outside: then only the mount itself is there, which is right.
 std::vector<Path> folders_up(const Path& mount, const std::string& group) {
   std::vector<Path> folders{mount};
   for (const Path& part : Path(group).relative_path()) {
@@ -157,7 +159,8 @@ void limit_memory(CgroupLimits& limits, std::optional<double> limit, std::option
   if (!limit || *limit > kNoLimit) return;
   const double left = std::max(0.0, *limit - used.value_or(0) + cache.value_or(0));
   limits.memory_bytes = std::min(limits.memory_bytes, static_cast<std::int64_t>(*limit));
-  limits.memory_left_bytes = std::min(limits.memory_left_bytes, static_cast<std::int64_t>(std::min(left, *limit)));
+  limits.memory_left_bytes =
+      std::min(limits.memory_left_bytes, static_cast<std::int64_t>(std::min(left, *limit)));
 }
 
 void read_version2(CgroupLimits& limits, const Path& folder) {
@@ -174,7 +177,8 @@ void read_version1_cpu(CgroupLimits& limits, const Path& folder) {
 }
 
 void read_version1_memory(CgroupLimits& limits, const Path& folder) {
-  limit_memory(limits, first_number(folder / "memory.limit_in_bytes"), first_number(folder / "memory.usage_in_bytes"),
+  limit_memory(limits, first_number(folder / "memory.limit_in_bytes"),
+               first_number(folder / "memory.usage_in_bytes"),
                keyed_number(folder / "memory.stat", "total_inactive_file"));
 }
 
@@ -214,7 +218,8 @@ CgroupLimits read_cgroup_limits(const Path& root) {
     const std::size_t first = line.find(':');
     const std::size_t second = first == std::string::npos ? first : line.find(':', first + 1);
     if (second == std::string::npos) continue;
-    const std::string controllers = line.substr(first + 1, second - first - 1), group = line.substr(second + 1);
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    const std::string group = line.substr(second + 1);
     if (controllers.empty()) {
       for (const Path& folder : folders_up(mount, group)) read_version2(limits, folder);
     }
@@ -222,7 +227,8 @@ CgroupLimits read_cgroup_limits(const Path& root) {
       for (const Path& folder : folders_up(mount / "cpu", group)) read_version1_cpu(limits, folder);
     }
     if (lists(controllers, "memory")) {
-      for (const Path& folder : folders_up(mount / "memory", group)) read_version1_memory(limits, folder);
+      for (const Path& folder : folders_up(mount / "memory", group))
+        read_version1_memory(limits, folder);
     }
   }
   return limits;
@@ -239,7 +245,7 @@ std::int64_t available_memory_bytes() {
 inline namespace v1 {
 
 int allowed_cpus() {
-  // Rounded down: with more threads than the quota pays for, all of them stop together when it is spent.
+  // Rounded down: threads beyond the quota make all of them stop together when it is spent.
   const double quota = std::floor(std::max(1.0, read_cgroup_limits().cpus));
   const int cpus = std::max(1, cpus_in_affinity_mask());
   return quota < cpus ? static_cast<int>(quota) : cpus;

@@ -26,7 +26,8 @@ const CpuFeatures& cpu_features();
 struct CgroupLimits {
   double cpus = std::numeric_limits<double>::infinity();
   std::int64_t memory_bytes = std::numeric_limits<std::int64_t>::max();
-  std::int64_t memory_left_bytes = std::numeric_limits<std::int64_t>::max();  // page cache counts as free
+  std::int64_t memory_left_bytes =
+      std::numeric_limits<std::int64_t>::max();  // page cache counts as free
 };
 
 // `root` stands for "/": tests bring a tree of their own. What cannot be read is not a limit.

@@ -22,8 +22,8 @@ constexpr std::array<std::string_view, 8> kKnown = {
     "ANNULUS_ISA",     "ANNULUS_MPI_PLUGIN", "ANNULUS_THREADS",      "ANNULUS_TIMEOUT_S",
     "ANNULUS_VERBOSE", "ANNULUS_TRANSPORT",  "ANNULUS_VERBOSE_FILE", "ANNULUS_WORKERS"};
 
-// In quotes, with everything but printable ASCII spelled out, and cut: names and values come from outside and must
-// neither break a line nor steer a terminal.
+// In quotes, with everything but printable ASCII spelled out, and cut: names and values come from
+// outside and must neither break a line nor steer a terminal.
 std::string shown(std::string_view text) {
   constexpr std::string_view kHex = "0123456789abcdef";
   constexpr std::size_t kLongest = 80;
@@ -56,9 +56,10 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
 
 std::string_view nearest_known(std::string_view name) {
   const std::string_view start = name.substr(0, 64);  // the work grows with the square
-  return *std::min_element(kKnown.begin(), kKnown.end(), [&](std::string_view a, std::string_view b) {
-    return edit_distance(start, a) < edit_distance(start, b);
-  });
+  return *std::min_element(kKnown.begin(), kKnown.end(),
+                           [&](std::string_view a, std::string_view b) {
+                             return edit_distance(start, a) < edit_distance(start, b);
+                           });
 }
 
 void check_names() {
@@ -67,8 +68,9 @@ void check_names() {
     const std::string_view name = line.substr(0, line.find('='));
     if (!name.starts_with(kPrefix)) continue;
     if (std::find(kKnown.begin(), kKnown.end(), name) != kKnown.end()) continue;
-    fail_with_fix<ConfigError>(concat("unset it, or use ", nearest_known(name)), "environment", "unknown variable ",
-                               shown(name), ", nearest known is ", nearest_known(name));
+    fail_with_fix<ConfigError>(concat("unset it, or use ", nearest_known(name)), "environment",
+                               "unknown variable ", shown(name), ", nearest known is ",
+                               nearest_known(name));
   }
 }
 
@@ -78,9 +80,10 @@ std::string_view value_of(const char* name) {
   return value == nullptr ? std::string_view() : std::string_view(value);
 }
 
-[[noreturn]] void fail_value(std::string_view name, std::string_view value, std::string_view expected) {
-  fail_with_fix<ConfigError>(concat("set ", name, " to ", expected, ", or unset it"), "environment", name, " is ",
-                             shown(value), ", expected ", expected);
+[[noreturn]] void fail_value(std::string_view name, std::string_view value,
+                             std::string_view expected) {
+  fail_with_fix<ConfigError>(concat("set ", name, " to ", expected, ", or unset it"), "environment",
+                             name, " is ", shown(value), ", expected ", expected);
 }
 
 std::optional<int> count_of(const char* name) {
@@ -101,7 +104,8 @@ std::optional<double> seconds_of(const char* name) {
   if (value == "none") return std::numeric_limits<double>::infinity();
   double seconds = 0;
   const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), seconds);
-  if (error != std::errc() || end != value.data() + value.size() || !std::isfinite(seconds) || seconds < 1) {
+  if (error != std::errc() || end != value.data() + value.size() || !std::isfinite(seconds) ||
+      seconds < 1) {
     fail_value(name, value, "a number of seconds, 1 or more, or none");
   }
   return seconds;
@@ -110,7 +114,9 @@ std::optional<double> seconds_of(const char* name) {
 // Which names there are, the table of kernels knows; this one knows only what no name can be.
 std::string isa() {
   const std::string_view value = value_of("ANNULUS_ISA");
-  const auto of_a_name = [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_'; };
+  const auto of_a_name = [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_';
+  };
   if (value.size() > 32 || !std::all_of(value.begin(), value.end(), of_a_name)) {
     fail_value("ANNULUS_ISA", value, "the name of a target, as 'annulus doctor' lists them");
   }
@@ -121,15 +127,16 @@ std::string isa() {
 void check_absent_features() {
   const std::string_view transport = value_of("ANNULUS_TRANSPORT");
   if (transport == "mpi") {
-    fail_with_fix<ConfigError>("set ANNULUS_TRANSPORT to auto or inproc, or unset it", "environment",
+    fail_with_fix<ConfigError>("set ANNULUS_TRANSPORT to auto or inproc, or unset it",
+                               "environment",
                                "ANNULUS_TRANSPORT is 'mpi', but this build has no MPI transport");
   }
   if (!transport.empty() && transport != "auto" && transport != "inproc") {
     fail_value("ANNULUS_TRANSPORT", transport, "auto or inproc");
   }
-  for (const auto& [name, feature] : {std::pair{"ANNULUS_VERBOSE", "messages"},
-                                      std::pair{"ANNULUS_VERBOSE_FILE", "message file"},
-                                      std::pair{"ANNULUS_MPI_PLUGIN", "MPI transport"}}) {
+  for (const auto& [name, feature] :
+       {std::pair{"ANNULUS_VERBOSE", "messages"}, std::pair{"ANNULUS_VERBOSE_FILE", "message file"},
+        std::pair{"ANNULUS_MPI_PLUGIN", "MPI transport"}}) {
     const std::string_view value = value_of(name);
     if (value.empty()) continue;
     fail_with_fix<ConfigError>(concat("unset ", name), "environment", name, " is ", shown(value),

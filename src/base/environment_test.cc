@@ -37,7 +37,9 @@ std::string refusal(const std::string& name, const std::string& value) {
   return {};
 }
 
-bool holds(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+bool holds(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
 
 TEST(Environment, UnsetMeansDefaults) {
   const Environment environment = read_environment();
@@ -48,7 +50,8 @@ TEST(Environment, UnsetMeansDefaults) {
 }
 
 TEST(Environment, EmptyMeansUnset) {
-  for (const char* name : {"ANNULUS_ISA", "ANNULUS_THREADS", "ANNULUS_TIMEOUT_S", "ANNULUS_VERBOSE"}) {
+  for (const char* name :
+       {"ANNULUS_ISA", "ANNULUS_THREADS", "ANNULUS_TIMEOUT_S", "ANNULUS_VERBOSE"}) {
     const ScopedVariable variable(name, "");
     EXPECT_NO_THROW(read_environment()) << name;
   }
@@ -83,10 +86,12 @@ TEST(Environment, RefusesBadValues) {
 }
 
 TEST(Environment, NamesTheNearestKnownVariable) {
-  EXPECT_TRUE(holds(refusal("ANNULUS_WORKER", "2"), "'ANNULUS_WORKER', nearest known is ANNULUS_WORKERS"));
+  EXPECT_TRUE(
+      holds(refusal("ANNULUS_WORKER", "2"), "'ANNULUS_WORKER', nearest known is ANNULUS_WORKERS"));
   EXPECT_TRUE(holds(refusal("ANNULUS_TIMEOUT", "2"), "nearest known is ANNULUS_TIMEOUT_S"));
   EXPECT_TRUE(holds(refusal("ANNULUS_THREAD_COUNT", "2"), "nearest known is ANNULUS_THREADS"));
-  EXPECT_TRUE(holds(refusal("ANNULUS_" + std::string(100000, 'x'), "2"), "...', nearest known is ANNULUS_"));
+  EXPECT_TRUE(holds(refusal("ANNULUS_" + std::string(100000, 'x'), "2"),
+                    "...', nearest known is ANNULUS_"));
 }
 
 TEST(Environment, LeavesOtherNamesAlone) {
@@ -109,7 +114,8 @@ TEST(Environment, RefusesWhatThisBuildLacks) {
 TEST(Environment, EscapesHostileText) {
   const std::string hostile = "a\n\x1b[31mred\x9b\\'" + std::string(1000, 'x');
   for (const std::string& message :
-       {refusal("ANNULUS_ISA", hostile), refusal("ANNULUS_TIMEOUT_S", hostile), refusal("ANNULUS_" + hostile, "1")}) {
+       {refusal("ANNULUS_ISA", hostile), refusal("ANNULUS_TIMEOUT_S", hostile),
+        refusal("ANNULUS_" + hostile, "1")}) {
     EXPECT_LT(message.size(), 400U);
     for (const char c : message) EXPECT_TRUE(c >= ' ' && c <= '~') << message;
   }

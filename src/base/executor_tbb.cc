@@ -15,8 +15,10 @@ namespace {
 
 // oneTBB writes a warning to standard error when an arena asks for more slots than its pool has.
 int slots_for(int threads) {
-  const auto allowed = tbb::global_control::active_value(tbb::global_control::max_allowed_parallelism);
-  const int pool = std::min(tbb::info::default_concurrency(), static_cast<int>(std::min<std::size_t>(allowed, 1 << 16)));
+  const auto allowed =
+      tbb::global_control::active_value(tbb::global_control::max_allowed_parallelism);
+  const int pool = std::min(tbb::info::default_concurrency(),
+                            static_cast<int>(std::min<std::size_t>(allowed, 1 << 16)));
   return std::clamp(threads, 1, std::max(pool, 1));
 }
 
@@ -28,7 +30,8 @@ struct Executor::Impl {
   tbb::task_arena arena;
 };
 
-Executor::Executor(int threads) : threads_(std::max(threads, 1)), impl_(std::make_unique<Impl>(threads_)) {}
+Executor::Executor(int threads)
+    : threads_(std::max(threads, 1)), impl_(std::make_unique<Impl>(threads_)) {}
 
 Executor::~Executor() = default;
 
@@ -42,8 +45,8 @@ void Executor::run(const std::function<void(int)>& body) {
     for (int i = some.begin(); i < some.end(); ++i) body(i);
   };
   impl_->arena.execute([&] {
-    // Isolated: if the caller runs inside tasks of its own and cancels them, a bound context would skip our bodies
-    // without a word.
+    // Isolated: if the caller runs inside tasks of its own and cancels them, a bound context would
+    // skip our bodies without a word.
     tbb::task_group_context context(tbb::task_group_context::isolated);
     tbb::parallel_for(all, run_some, tbb::simple_partitioner(), context);
   });

@@ -317,12 +317,12 @@ class PanelPass {
     for (int slot = 0; slot < now.slots; ++slot, s_now_ ^= 1) {
       float* s = s_[s_now_];
       before_exponentials(now, slot, s);
-      const Softmax at_begin(now.strip, rule_);
+      const Sums at_begin = Sums::load(now.strip);
       exponentials(now, slot, s, p_[p_now_], rule_, sizes_);
-      const Softmax at_end(now.strip, rule_);
+      const Sums at_end = Sums::load(now.strip);
       if (__builtin_expect(at_end.tripped(), 0)) {
-        store_sums(now.strip, at_begin.sum[0], at_begin.sum[1]);
-        raise_and_redo(now, slot, s, at_end.sum[0], at_end.sum[1]);
+        at_begin.store(now.strip);
+        raise_and_redo(now, slot, s, at_end.l[0], at_end.l[1], at_end.w[0], at_end.w[1]);
       }
       prefetch();
       if (slot + 1 < now.slots) multiply_scores(now, slot + 1, s_[s_now_ ^ 1]);
@@ -340,14 +340,14 @@ class PanelPass {
     if (block.strip.head->watch != 0) raise(block, slot, s, p_[p_now_], rule_, sizes_);
   }
 
-  // The slot's sum tripped; the strip still holds the sum from before it. By value: a reference
-  // would keep the sums in memory throughout the pipeline.
-  [[gnu::noinline]] void raise_and_redo(const Block& block, int slot, const float* s, __m512 sum0,
-                                        __m512 sum1) {
+  // The slot's sum tripped; the strip still holds the sums from before it. Vectors by value: Sums
+  // would pass through memory and have a place there throughout the pipeline.
+  [[gnu::noinline]] void raise_and_redo(const Block& block, int slot, const float* s, __m512 l0,
+                                        __m512 l1, __m512 w0, __m512 w1) {
     if (raise(block, slot, s, p_[p_now_], rule_, sizes_)) {
       exponentials(block, slot, s, p_[p_now_], rule_, sizes_);
     } else {
-      store_sums(block.strip, sum0, sum1);
+      Sums{{l0, l1}, {w0, w1}}.store(block.strip);
     }
   }
 
@@ -361,7 +361,7 @@ class PanelPass {
         add_selected(block, block.selected[i], p_[p_now_], sizes_);
       }
     }
-    add_block_sum(block.strip);
+    add_block_sums(block.strip);
   }
 
   // ---------------------------------------------------------------------------------------- the
@@ -414,10 +414,11 @@ class PanelPass {
              {k_then[0], q_then}};
       work.multiply_scores();
       work.multiply_values();
-      if (__builtin_expect(fill.softmax.tripped(), 0)) {
-        raise_and_redo(now, slot, s_in, fill.softmax.sum[0], fill.softmax.sum[1]);
+      const Sums& sums = fill.softmax.sums;
+      if (__builtin_expect(sums.tripped(), 0)) {
+        raise_and_redo(now, slot, s_in, sums.l[0], sums.l[1], sums.w[0], sums.w[1]);
       } else {
-        store_sums(now.strip, fill.softmax.sum[0], fill.softmax.sum[1]);
+        sums.store(now.strip);
       }
       finished = o;
       o += kSquare, v += S::kValueSteps * kSquare, q = q_then;

@@ -72,10 +72,12 @@ struct Strip {
   struct Head {
     alignas(64) float m[kStripRows];  // reference in log2 units, an integer: rescaling is exact
     float guard[kStripRows];          // log2 of the weight that raises m; -inf: m is not set yet
-    float l[kStripRows];              // sum of p
-    float b[kStripRows];              // the same of the open block: the error of l grows with
-                                      // block + keys / block, not with keys
-    float f[kStripRows];              // factor that O and l await
+    float l[kStripRows];              // sum of p, for lse
+    float w[kStripRows];              // sum of p as bf16, as V is weighted: out = O / w, so weights
+                                      // add up to 1 and one key's value comes back as it is
+    float bl[kStripRows];             // both of the open block: their error grows with
+    float bw[kStripRows];             // block + keys / block, not with keys
+    float f[kStripRows];              // factor that O, l and w await
     std::int32_t raised;              // some f is not 1
     std::int32_t watch;               // slots whose maxima are taken before the exponentials
   };
@@ -275,27 +277,24 @@ void start(void* memory, const void* const* rows, std::int64_t count, std::int64
   memset(strip.o, 0, static_cast<std::size_t>(sizes.v_units * kSquare * 4));
   Strip::Head& z = *strip.head;
   for (int n = 0; n < kStripRows; ++n) {
-    z.m[n] = 0, z.guard[n] = -kInfinity, z.l[n] = 0, z.b[n] = 0, z.f[n] = 1;
+    z.m[n] = 0, z.guard[n] = -kInfinity, z.f[n] = 1;
+    z.l[n] = z.w[n] = z.bl[n] = z.bw[n] = 0;
   }
   z.raised = 0, z.watch = 1;
 }
 
 // lse of one lane; returns the factor that normalises its O.
 inline float normalise(const Strip::Head& z, int n, float sink, float& lse) {
-  const double seen = kLn2 * z.m[n] + log(static_cast<double>(z.l[n]));
   if (z.l[n] == 0) {
     lse = sink;
     return 0;
   }
-  if (sink == -kInfinity) {
-    lse = static_cast<float>(seen);
-    return 1 / z.l[n];
-  }
-  // Each side may be far above the other.
+  const double seen = kLn2 * z.m[n] + log(static_cast<double>(z.l[n]));
+  // Each side may be far above the other; without a sink total is seen.
   const double top = seen < sink ? sink : seen, low = seen < sink ? seen : sink;
   const double total = top + log1p(exp(low - top));
   lse = static_cast<float>(total);
-  return static_cast<float>(exp(kLn2 * z.m[n] - total));
+  return static_cast<float>(exp(seen - total)) / z.w[n];
 }
 
 void finish(const void* memory, const float* sinks, float* out, std::int64_t out_stride, float* lse,

@@ -5,10 +5,10 @@
 // There is no pass over the maxima. Beside the products a maximum costs as much as an FMA, one of
 // seven. Instead a lane keeps its reference m until a sum of p exceeds kTrip. The scores of that
 // slot still lie in memory, so m is raised and that slot's p are made again; p made earlier in the
-// block, their sum, O and l are multiplied by a power of two, which rounds nothing. Lanes that did
-// not trip get a factor of one and the same bits again. A strip that has tripped is watched: its
-// maxima are taken before the exponentials, so that scores growing in every slot pay for a maximum
-// each time, not for a second exponential.
+// block, their sums, O, l and w are multiplied by a power of two, which rounds nothing. Lanes that
+// did not trip get a factor of one and the same bits again. A strip that has tripped is watched:
+// its maxima are taken before the exponentials, so that scores growing in every slot pay for a
+// maximum each time, not for a second exponential.
 #pragma once
 
 #include "kernels/amx_pack-inl.h"
@@ -29,6 +29,8 @@ constexpr float kTrip = 0x1p39F;
 // Slots a strip is watched after it grew. Growth of 1 a key needs a raise every second tile:
 // without memory it would be found too late each time.
 constexpr std::int32_t kWatchedSlots = 8;
+
+constexpr int kUpperHalf = -0x10000;  // of 32 bits: a bf16 number as float32
 
 // 2^x; relative error 2.7e-6 (lse may be off by 4e-6), exactly 0 for -inf, +inf for +inf, NaN for
 // NaN. vreduceps is x - floor(x) and vscalefps multiplies by 2^floor(x), so the integer part is
@@ -104,16 +106,38 @@ struct Block {
 // ------------------------------------------------------------------------------------------ the
 // fast path
 
+// Of the open block: p and p as bf16.
+struct Sums {
+  __m512 l[2], w[2];
+
+  [[gnu::always_inline]] static Sums load(const Strip& strip) {
+    const Strip::Head& z = *strip.head;
+    return {{_mm512_load_ps(z.bl), _mm512_load_ps(z.bl + kLanes)},
+            {_mm512_load_ps(z.bw), _mm512_load_ps(z.bw + kLanes)}};
+  }
+  [[gnu::always_inline]] void store(const Strip& strip) const {
+    for (int half = 0; half < 2; ++half) {
+      _mm512_store_ps(strip.head->bl + half * kLanes, l[half]);
+      _mm512_store_ps(strip.head->bw + half * kLanes, w[half]);
+    }
+  }
+  [[gnu::always_inline]] bool tripped() const {
+    const __m512 trip = _mm512_set1_ps(kTrip);  // a NaN does not trip: no reference would cure it
+    return (_mm512_cmp_ps_mask(l[0], trip, _CMP_GT_OQ) |
+            _mm512_cmp_ps_mask(l[1], trip, _CMP_GT_OQ)) != 0;
+  }
+};
+
 // The softmax of one strip while one slot passes.
 struct Softmax {
-  __m512 scale, minus_m[2], sum[2];
+  __m512 scale, minus_m[2];
+  Sums sums;
 
   [[gnu::always_inline]] Softmax(const Strip& strip, const Rule& rule)
-      : scale(_mm512_set1_ps(rule.scale)) {
+      : scale(_mm512_set1_ps(rule.scale)), sums(Sums::load(strip)) {
     for (int half = 0; half < 2; ++half) {
       const __m512 m = _mm512_load_ps(strip.head->m + half * kLanes);
       minus_m[half] = _mm512_sub_ps(_mm512_setzero_ps(), m);
-      sum[half] = _mm512_load_ps(strip.head->b + half * kLanes);
     }
   }
 
@@ -123,31 +147,23 @@ struct Softmax {
     s += j * 32;
     const __m512 e0 = exp2(_mm512_fmadd_ps(_mm512_load_ps(s), scale, minus_m[half]));
     const __m512 e1 = exp2(_mm512_fmadd_ps(_mm512_load_ps(s + kLanes), scale, minus_m[half]));
-    sum[half] = _mm512_add_ps(sum[half], _mm512_add_ps(e0, e1));
-    // Now, not later: GCC defers all additions of a slot to its end otherwise and spills 200
-    // vectors (d = 64: 42 % of peak instead of 53).
-    asm volatile("" : "+v"(sum[half]));
-    // Half an ulp, then the upper half: cut without it, P is biased against l and the error
-    // doubles. The addition and the byte shift run on the port that has no FMA; a shift by bits
-    // would not.
-    const __m512i half_ulp = _mm512_set1_epi32(0x8000);
+    // Half an ulp, then the upper half: cut without it, every p is too small and the error doubles.
+    // The addition and the byte shift run on the port that has no FMA; a shift by bits would not.
+    const __m512i half_ulp = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(kUpperHalf);
     const __m512i u0 = _mm512_add_epi32(_mm512_castps_si512(e0), half_ulp);
     const __m512i u1 = _mm512_add_epi32(_mm512_castps_si512(e1), half_ulp);
+    const __m512 rounded0 = _mm512_castsi512_ps(_mm512_and_si512(u0, upper));
+    const __m512 rounded1 = _mm512_castsi512_ps(_mm512_and_si512(u1, upper));
+    __m512 &l = sums.l[half], &w = sums.w[half];
+    l = _mm512_add_ps(l, _mm512_add_ps(e0, e1));
+    w = _mm512_add_ps(w, _mm512_add_ps(rounded0, rounded1));
+    // Now, not later: GCC defers all additions of a slot to its end otherwise and spills 200
+    // vectors (d = 64: 42 % of peak instead of 53).
+    asm volatile("" : "+v"(l), "+v"(w));
     const __m512i low = _mm512_bsrli_epi128(u0, 2);
     _mm512_store_si512(p + j * 32, _mm512_mask_blend_epi16(0xAAAAAAAAU, low, u1));
   }
-
-  [[gnu::always_inline]] bool tripped() const {
-    const __m512 trip = _mm512_set1_ps(kTrip);  // a NaN does not trip: no reference would cure it
-    return (_mm512_cmp_ps_mask(sum[0], trip, _CMP_GT_OQ) |
-            _mm512_cmp_ps_mask(sum[1], trip, _CMP_GT_OQ)) != 0;
-  }
 };
-
-[[gnu::always_inline]] inline void store_sums(const Strip& strip, __m512 sum0, __m512 sum1) {
-  _mm512_store_ps(strip.head->b, sum0);
-  _mm512_store_ps(strip.head->b + kLanes, sum1);
-}
 
 // All of a slot at once.
 [[gnu::noinline]] void exponentials(const Block& block, int slot, const float* s, Bf16* p,
@@ -158,7 +174,7 @@ struct Softmax {
     for (int j = 0; j < 16; ++j) softmax.pair(s, to, j);
     for (int j = 16; j < 32; ++j) softmax.pair(s, to, j);
   }
-  store_sums(block.strip, softmax.sum[0], softmax.sum[1]);
+  softmax.sums.store(block.strip);
 }
 
 // ------------------------------------------------------------------------------------------ passes
@@ -205,13 +221,17 @@ inline void hide(float* s, const std::uint32_t* bits) {
 // ------------------------------------------------------------------------------------------ the
 // reference
 
+inline void scale_lanes(float* x, __m512 factor) {
+  _mm512_store_ps(x, _mm512_mul_ps(factor, _mm512_load_ps(x)));
+}
+
 // Multiplies one half of P of a tile. A power of two: bf16 loses nothing above its least normal
 // number, and what is below the tile products take for zero.
 inline void scale_p(Bf16* p, __m512 factor) {
   for (int j = 0; j < 16; ++j) {
     const __m512i pair = _mm512_load_si512(p + j * 32);
     const __m512 even = _mm512_mul_ps(factor, _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)));
-    const __m512i upper = _mm512_and_si512(pair, _mm512_set1_epi32(static_cast<int>(0xffff0000U)));
+    const __m512i upper = _mm512_and_si512(pair, _mm512_set1_epi32(kUpperHalf));
     const __m512 odd = _mm512_mul_ps(factor, _mm512_castsi512_ps(upper));
     const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
     _mm512_store_si512(p + j * 32,
@@ -233,8 +253,8 @@ inline __m512 top_score(const float* s, int half, int group) {
   return _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
 }
 
-// Raises the lanes whose scores in this slot top their guard: m, b, f, and P of the slots of the
-// block before. Returns whether there was one.
+// Raises the lanes whose scores in this slot top their guard: m, bl, bw, f, and P of the slots of
+// the block before. Returns whether there was one.
 [[gnu::noinline]] bool raise_lanes(const Block& block, int slot, const float* s, Bf16* p,
                                    const Rule& rule, const Sizes& sizes) {
   Strip::Head& z = *block.strip.head;
@@ -258,8 +278,7 @@ inline __m512 top_score(const float* s, int half, int group) {
     if (growing == 0) continue;  // lanes without a reference have nothing to scale yet
     const __m512 one = _mm512_set1_ps(1);
     const __m512 factor = _mm512_mask_scalef_ps(one, growing, one, _mm512_sub_ps(m, to));
-    _mm512_store_ps(z.b + at, _mm512_mul_ps(factor, _mm512_load_ps(z.b + at)));
-    _mm512_store_ps(z.f + at, _mm512_mul_ps(factor, _mm512_load_ps(z.f + at)));
+    scale_lanes(z.bl + at, factor), scale_lanes(z.bw + at, factor), scale_lanes(z.f + at, factor);
     for (int j = 0; j < slot * sizes.group; ++j) {
       scale_p(p + block.place(j, sizes) * kSquare + half * 512, factor);
     }
@@ -294,16 +313,16 @@ inline bool raise(const Block& block, int slot, const float* s, Bf16* p, const R
     for (std::int64_t u = 0; u < sizes.v_units; ++u) {
       float* o = strip.o + u * kSquare + half * 512;
       for (int d = 0; d < 32; ++d) {
-        _mm512_store_ps(o + d * kLanes, _mm512_mul_ps(f, _mm512_load_ps(o + d * kLanes)));
+        scale_lanes(o + d * kLanes, f);
       }
     }
-    _mm512_store_ps(z.l + half * kLanes, _mm512_mul_ps(f, _mm512_load_ps(z.l + half * kLanes)));
+    scale_lanes(z.l + half * kLanes, f), scale_lanes(z.w + half * kLanes, f);
     _mm512_store_ps(z.f + half * kLanes, _mm512_set1_ps(1));
   }
   z.raised = 0;
 }
 
-// O and l after a reference was raised. O must lie in memory, with all blocks before this one.
+// O, l and w after a reference was raised. O must lie in memory, with all blocks before this one.
 inline void rescale(const Strip& strip, const Sizes& sizes) {
   const unsigned mode = _mm_getcsr();
   _mm_setcsr(mode | kFlushDenormals);
@@ -311,12 +330,14 @@ inline void rescale(const Strip& strip, const Sizes& sizes) {
   _mm_setcsr(mode);
 }
 
-// The sum of the block first, then l: see Strip::Head::b.
-inline void add_block_sum(const Strip& strip) {
+// The sums of the block first, then l and w: see Strip::Head::bl.
+inline void add_block_sums(const Strip& strip) {
   Strip::Head& z = *strip.head;
   for (int at = 0; at < kStripRows; at += kLanes) {
-    _mm512_store_ps(z.l + at, _mm512_add_ps(_mm512_load_ps(z.l + at), _mm512_load_ps(z.b + at)));
-    _mm512_store_ps(z.b + at, _mm512_setzero_ps());
+    _mm512_store_ps(z.l + at, _mm512_add_ps(_mm512_load_ps(z.l + at), _mm512_load_ps(z.bl + at)));
+    _mm512_store_ps(z.w + at, _mm512_add_ps(_mm512_load_ps(z.w + at), _mm512_load_ps(z.bw + at)));
+    _mm512_store_ps(z.bl + at, _mm512_setzero_ps());
+    _mm512_store_ps(z.bw + at, _mm512_setzero_ps());
   }
 }
 
@@ -337,9 +358,8 @@ inline float bf16_value(Bf16 x) {
       __m512 sum = _mm512_load_ps(o);
       for (int key = 0; key < kTileKeys; ++key) {
         const __m512i pair = _mm512_load_si512(p + half * 512 + key / 2 * 32);
-        const __m512i weight =
-            key % 2 == 0 ? _mm512_slli_epi32(pair, 16)
-                         : _mm512_and_si512(pair, _mm512_set1_epi32(static_cast<int>(0xffff0000U)));
+        const __m512i weight = key % 2 == 0 ? _mm512_slli_epi32(pair, 16)
+                                            : _mm512_and_si512(pair, _mm512_set1_epi32(kUpperHalf));
         const auto seen = static_cast<__mmask16>(bits[key] >> (half * kLanes));
         sum = _mm512_mask3_fmadd_ps(_mm512_set1_ps(bf16_value(v[key])), _mm512_castsi512_ps(weight),
                                     sum, seen);

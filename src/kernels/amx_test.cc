@@ -10,7 +10,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <random>
 #include <vector>
 
@@ -112,9 +111,7 @@ TEST_P(AmxKernel, RoundsFloat32ToNearestEven) {
     std::memcpy(&p.v[d], &bits, 4);
   }
   const Result got = run(*kernel_, p);
-  const float one = got.out[0];  // all carry the same rounding of p
-  for (std::int64_t d = 0; d < 32; ++d)
-    EXPECT_NEAR(got.out[d] / one, rounded(p.v[d]) / rounded(p.v[0]), 1e-6) << d;
+  for (std::int64_t d = 0; d < 32; ++d) EXPECT_EQ(rounded(got.out[d]), rounded(p.v[d])) << d;
 }
 
 // Visible sets that give full, partial and empty tiles in all orders.
@@ -197,32 +194,33 @@ TEST_P(AmxKernel, RowWithoutKeyIsZero) {
   }
 }
 
+// Scores of key j that grow past the reference, before and behind the exponentials.
+struct ScoreCase {
+  const char* name;
+  float (*score)(std::int64_t);
+};
+constexpr ScoreCase kScores[] = {
+    {"zero", [](std::int64_t) { return 0.0F; }},
+    {"grow 1 a key", [](std::int64_t j) { return static_cast<float>(j); }},
+    {"grow 30 per 64 keys", [](std::int64_t j) { return static_cast<float>(30 * (j / 64)); }},
+    {"grow 100 per 8 keys", [](std::int64_t j) { return static_cast<float>(100 * (j / 8)); }},
+    {"fall 1 a key", [](std::int64_t j) { return static_cast<float>(-j); }},
+    {"low first 64", [](std::int64_t j) { return j < 64 ? -5000 : static_cast<float>(j % 7); }},
+    {"low first 40", [](std::int64_t j) { return j < 40 ? -1e9F : static_cast<float>(j % 7); }},
+    {"one huge key", [](std::int64_t j) { return j == 777 ? 1e5F : static_cast<float>(j % 5); }},
+    {"huge last key", [](std::int64_t j) { return j == 1099 ? 1e5F : static_cast<float>(j % 5); }},
+    {"sawtooth", [](std::int64_t j) { return 3000.0F * static_cast<float>(j % 331) / 331; }},
+    {"far below zero", [](std::int64_t j) { return -4000 - static_cast<float>(j); }},
+    {"just below the guard",
+     [](std::int64_t j) { return j < 32       ? 0
+                                 : j % 9 == 0 ? 27.5F
+                                              : 20.0F; }},
+    {"2^39 by number", [](std::int64_t j) { return j < 32 ? 0 : 27.0F; }},
+};
+
 TEST_P(AmxKernel, ScoresThatBeatTheReference) {
-  struct Case {
-    const char* name;
-    std::function<float(std::int64_t)> score;
-  };
-  const Case cases[] = {
-      {"zero", [](std::int64_t) { return 0.0F; }},
-      {"grow 1 a key", [](std::int64_t j) { return static_cast<float>(j); }},
-      {"grow 30 per 64 keys", [](std::int64_t j) { return static_cast<float>(30 * (j / 64)); }},
-      {"grow 100 per 8 keys", [](std::int64_t j) { return static_cast<float>(100 * (j / 8)); }},
-      {"fall 1 a key", [](std::int64_t j) { return static_cast<float>(-j); }},
-      {"low first 64", [](std::int64_t j) { return j < 64 ? -5000 : static_cast<float>(j % 7); }},
-      {"low first 40", [](std::int64_t j) { return j < 40 ? -1e9F : static_cast<float>(j % 7); }},
-      {"one huge key", [](std::int64_t j) { return j == 777 ? 1e5F : static_cast<float>(j % 5); }},
-      {"huge last key",
-       [](std::int64_t j) { return j == 1099 ? 1e5F : static_cast<float>(j % 5); }},
-      {"sawtooth", [](std::int64_t j) { return 3000.0F * static_cast<float>(j % 331) / 331; }},
-      {"far below zero", [](std::int64_t j) { return -4000 - static_cast<float>(j); }},
-      {"just below the guard",
-       [](std::int64_t j) { return j < 32       ? 0
-                                   : j % 9 == 0 ? 27.5F
-                                                : 20.0F; }},
-      {"2^39 by number", [](std::int64_t j) { return j < 32 ? 0 : 27.0F; }},
-  };
   for (const std::int64_t dim : {64, 128, 256, 80}) {
-    for (const Case& c : cases) {
+    for (const ScoreCase& c : kScores) {
       SCOPED_TRACE(testing::Message() << c.name << " dim " << dim);
       Problem p = score_problem(1100, c.score, dim);
       check(p);
@@ -232,6 +230,58 @@ TEST_P(AmxKernel, ScoresThatBeatTheReference) {
       check(p);
       mask_causal(p, 0);
       check(p);
+    }
+  }
+}
+
+// p is divided by the sum of what V was multiplied by, so the only p is a weight of 1, however it
+// was rounded.
+TEST_P(AmxKernel, OneVisibleKeyIsItsValue) {
+  for (const Dims d : kMaskDims) {
+    for (const std::int64_t keys : {1, 1100}) {
+      SCOPED_TRACE(testing::Message() << d.head_dim << " keys " << keys);
+      Problem p = normal_problem(d, keys, 90, 11);
+      const auto only_key = [&](std::int64_t row) { return row * 367 % keys; };
+      for (std::int64_t i = 0; i < p.rows; ++i) {
+        for (std::int64_t j = 0; j < keys; ++j) p.visible[i * keys + j] = j == only_key(i);
+      }
+      const Result got = check(p);
+      for (std::int64_t i = 0; i < p.rows; ++i) {
+        const float* value = &p.v[only_key(i) * d.v_head_dim];
+        for (std::int64_t x = 0; x < d.v_head_dim; ++x)
+          ASSERT_EQ(to_bf16(got.out[i * d.v_head_dim + x]), to_bf16(value[x])) << i << "," << x;
+      }
+    }
+  }
+}
+
+// Values of 1 show the sum of the weights: 1 but for the additions, at most 200 in a row.
+void expect_weights_of_one(const Problem& p, const Result& got) {
+  for (std::int64_t i = 0; i < p.rows; ++i) {
+    if (got.lse[i] == -kInf) continue;
+    for (std::int64_t d = 0; d < p.dims.v_head_dim; ++d) {
+      const float out = got.out[i * p.dims.v_head_dim + d];
+      if (std::isnan(out)) continue;  // of a visible NaN
+      ASSERT_NEAR(out, 1, 200 * 0x1p-24) << "row " << i << " d " << d;
+    }
+  }
+}
+
+TEST_P(AmxKernel, WeightsAddUpToOne) {
+  for (const std::int64_t dim : {64, 128, 256, 80}) {
+    for (const ScoreCase& c : kScores) {
+      SCOPED_TRACE(testing::Message() << c.name << " dim " << dim);
+      Problem p = score_problem(1100, c.score, dim);
+      std::fill(p.v.begin(), p.v.end(), 1.0F);
+      expect_weights_of_one(p, check(p));
+      mask_causal(p, 0);
+      expect_weights_of_one(p, check(p));
+      mask_random(p, 5);
+      for (const std::int64_t key : {40, 777}) {  // their tiles are added by selection
+        p.v[key * dim + 3] = kNan;
+        for (std::int64_t i = 0; i < p.rows; ++i) p.visible[i * p.keys + key] = i == 7 ? 1 : 0;
+      }
+      expect_weights_of_one(p, check(p));
     }
   }
 }
@@ -312,6 +362,16 @@ TEST_P(AmxKernel, VisibleNanStaysInItsRow) {
     EXPECT_TRUE(std::isnan(got.lse[20]));
     EXPECT_FALSE(std::isnan(got.lse[21]));
   }
+}
+
+// Rounding p up carries such a NaN into its sign: P is a zero.
+TEST_P(AmxKernel, NanOfAllOnesStaysNan) {
+  Problem p = normal_problem({64, 64}, 100, 32);
+  p.rule.bias = true;
+  p.bias.assign(p.rows * p.keys, 0);
+  const std::uint32_t ones[] = {0x7fffffffU, 0xffffffffU};
+  for (const std::int64_t row : {0, 1}) std::memcpy(&p.bias[row * p.keys + 70], &ones[row], 4);
+  check(p);
 }
 
 // +inf: exp(inf) as the float32 formula has it. -inf: weight 0.

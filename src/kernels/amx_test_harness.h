@@ -276,9 +276,9 @@ inline Row oracle(const Problem& p, std::int64_t row) {
   return result;
 }
 
-// Per element: p is rounded to bf16, 2^-8, and scores, sums and the exponential add float32 errors,
-// which grow with the scores. Over the cell: the bars of largest and rms error in units of what
-// rounding the exact result to bf16 gives.
+// Per element: p is rounded to bf16, 2^-9, and so is the sum of p that divides it, 2^-9 more;
+// scores, sums and the exponential add float32 errors, which grow with the scores. Over the cell:
+// the bars of largest and rms error in units of what rounding the exact result to bf16 gives.
 inline void expect_close(const Problem& p, const Result& got) {
   double err_max = 0, rounding_max = 0, err_square = 0, rounding_square = 0;
   for (std::int64_t row = 0; row < p.rows; ++row) {

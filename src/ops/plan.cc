@@ -80,7 +80,7 @@ Plan explain(int workers, const TensorView& q, const TensorView& k, const Tensor
   const MutableTensorView out{nullptr, out_dtype, out_shape, row_major_strides(out_shape)};
   const std::int64_t q_len = q.shape[1], kv_len = k.shape[1];
   const Problem problem =
-      make_problem("explain", q, k, v, out, {}, options.attention, q_len, kv_len, false);
+      make_problem("explain", {q, k, v, out, {}}, options.attention, q_len, kv_len, false);
   const Partition& kv_partition = options.kv_partition ? *options.kv_partition : options.partition;
   options.partition.check(workers, q_len);
   kv_partition.check(workers, kv_len);

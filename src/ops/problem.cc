@@ -224,13 +224,13 @@ std::vector<float> head_sinks(const Checker& check, const Problem& p, const Tens
 
 }  // namespace
 
-Problem make_problem(const std::string& operation, const TensorView& q, const TensorView& k,
-                     const TensorView& v, const MutableTensorView& out,
-                     const MutableTensorView& lse, const AttentionOptions& options,
-                     std::int64_t q_len, std::int64_t kv_len, bool writes) {
+Problem make_problem(const std::string& operation, const CallTensors& tensors,
+                     const AttentionOptions& options, std::int64_t q_len, std::int64_t kv_len,
+                     bool writes) {
   const Checker check(operation, writes);
   Problem p;
-  p.q = q, p.k = k, p.v = v, p.out = out, p.lse = lse, p.q_len = q_len, p.kv_len = kv_len;
+  p.q = tensors.q, p.k = tensors.k, p.v = tensors.v, p.out = tensors.out, p.lse = tensors.lse;
+  p.q_len = q_len, p.kv_len = kv_len;
   check_tensors(check, p);
   set_visibility(check, p, options);
   const double scale =
@@ -244,8 +244,8 @@ Problem make_problem(const std::string& operation, const TensorView& q, const Te
             static_cast<bool>(options.bias)};
   if (options.bias) {
     p.bias = options.bias;
-    check.dtype("bias", p.bias.dtype, {DType::kFloat32, q.dtype});
-    check.broadcast("bias", p.bias, p.batch, p.num_heads, q.shape[1], kv_len);
+    check.dtype("bias", p.bias.dtype, {DType::kFloat32, p.q.dtype});
+    check.broadcast("bias", p.bias, p.batch, p.num_heads, p.q.shape[1], kv_len);
   }
   p.sinks = head_sinks(check, p, options.softmax_aux);
   if (writes) check_outputs(check, p);

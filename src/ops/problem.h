@@ -31,12 +31,17 @@ struct Problem {
   [[nodiscard]] bool empty() const { return batch == 0 || num_heads == 0; }
 };
 
+// What a call reads and writes; lse may be empty.
+struct CallTensors {
+  TensorView q, k, v;
+  MutableTensorView out, lse;
+};
+
 // Throws InvalidArgument naming `operation`. q_len and kv_len are global lengths; the tensors' own
 // lengths are the rows at hand. `writes` is false for plans, which need no tensors' memory.
-Problem make_problem(const std::string& operation, const TensorView& q, const TensorView& k,
-                     const TensorView& v, const MutableTensorView& out,
-                     const MutableTensorView& lse, const AttentionOptions& options,
-                     std::int64_t q_len, std::int64_t kv_len, bool writes = true);
+Problem make_problem(const std::string& operation, const CallTensors& tensors,
+                     const AttentionOptions& options, std::int64_t q_len, std::int64_t kv_len,
+                     bool writes = true);
 
 // The rules of positions in words: "causal & window(128, 0) & segments".
 std::string describe_mask(const Problem& problem);

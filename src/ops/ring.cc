@@ -217,7 +217,7 @@ CallSummary ring_attention(Communicator& comm, const TensorView& q, const Tensor
     q_len += lengths.back()[0], kv_len += lengths.back()[1];
   }
   const Problem problem =
-      make_problem("ring_attention", q, k, v, out, lse, options.attention, q_len, kv_len);
+      make_problem("ring_attention", {q, k, v, out, lse}, options.attention, q_len, kv_len);
   const Partition& kv_partition = kv_partition_of(options);
   options.partition.check(world, q_len);
   kv_partition.check(world, kv_len);
@@ -259,7 +259,7 @@ std::vector<CallSummary> ring_attention(int workers, const TensorView& q, const 
   if (workers < 1) fail("ring_attention", "workers is ", workers, ", expected at least 1");
   const std::int64_t q_len = q.shape[1], kv_len = k.shape[1];
   const Problem problem =
-      make_problem("ring_attention", q, k, v, out, lse, options.attention, q_len, kv_len);
+      make_problem("ring_attention", {q, k, v, out, lse}, options.attention, q_len, kv_len);
   const Partition& kv_partition = kv_partition_of(options);
   options.partition.check(workers, q_len);
   kv_partition.check(workers, kv_len);
