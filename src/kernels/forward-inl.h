@@ -152,13 +152,12 @@ void FinishStrip(const void* memory, const float* sinks, float* out, std::int64_
     const double seen = kLn2 * static_cast<double>(z.m[n]) + log(static_cast<double>(z.l[n]));
     if (z.l[n] == 0) {  // nothing seen
       lse[n] = sinks[n], factor[n] = 0;
-    } else if (sinks[n] == -INFINITY) {
-      lse[n] = static_cast<float>(seen), factor[n] = 1 / weights;
-    } else {
-      const double total = LogAddExp(seen, static_cast<double>(sinks[n]));
-      lse[n] = static_cast<float>(total),
-      factor[n] = static_cast<float>(exp(seen - total)) / weights;
+      continue;
     }
+    // Without a sink the exponential is 1; it is NaN where l is, which rounded weights may hide.
+    const double total = LogAddExp(seen, static_cast<double>(sinks[n]));
+    lse[n] = static_cast<float>(total);
+    factor[n] = static_cast<float>(exp(seen - total)) / weights;
   }
   TransposeOut(z.o, kWidth, factor, dims.v_head_dim, out, out_stride);
 }
