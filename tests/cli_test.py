@@ -19,7 +19,6 @@ import unittest
 
 ANNULUS = ""  # set by main
 
-SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I32": 4, "I64": 8, "U8": 1, "BOOL": 1}
 CODES = {"F16": "e", "F32": "f", "F64": "d", "I32": "i", "I64": "q", "U8": "B", "BOOL": "?"}
 
 
@@ -295,7 +294,8 @@ class Run(CliTest):
         self.assertIsNone(self.json("run", "--tokens=10")["check"])
 
     def test_memory_stays_below_the_plan(self):
-        if "Sanitizer" in self.call("--version", ASAN_OPTIONS="help=1").stdout:
+        program = pathlib.Path(ANNULUS).read_bytes()
+        if b"__asan_init" in program or b"__tsan_init" in program:
             self.skipTest("a sanitizer keeps a memory of its own")
         for options in (["--tokens=60000", "--head-dim=128", "--sliding-window=64,0"],
                         ["--tokens=30000", "--workers=4", "--dtype=f32", "--sliding-window=64,0", "--partition=striped"],

@@ -1,4 +1,5 @@
-// Memory for kernels: 64-byte aligned (a cache line, a zmm vector), on huge pages where large, not initialised.
+// Memory for kernels: 64-byte aligned (a cache line, a zmm vector), on huge pages where large, not
+// initialised.
 #pragma once
 
 #include <cstddef>

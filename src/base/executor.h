@@ -1,5 +1,5 @@
-// Runs the work of one worker on its threads. oneTBB in products, plain threads in TSan builds (which cannot see into
-// oneTBB); CMake picks the file.
+// Runs the work of one worker on its threads. oneTBB in products, plain threads in TSan builds
+// (which cannot see into oneTBB); CMake picks the file.
 #pragma once
 
 #include <functional>
@@ -15,9 +15,9 @@ class Executor {
   Executor& operator=(const Executor&) = delete;
 
   [[nodiscard]] int threads() const { return threads_; }
-  // Calls body(0) ... body(threads - 1), perhaps one after the other, and returns when all are done. Bodies take
-  // their work from a shared counter, so any number of real threads is right. The first exception is rethrown.
-  // Bodies must not wait for each other.
+  // Calls body(0) ... body(threads - 1), perhaps one after the other, and returns when all are
+  // done. Bodies take their work from a shared counter, so any number of real threads is right. The
+  // first exception is rethrown. Bodies must not wait for each other.
   void run(const std::function<void(int)>& body);
 
  private:

@@ -1,4 +1,5 @@
-// Error texts in one shape: fail<InvalidArgument>("ring_attention", "num_heads (", h, ") is not ...").
+// Error texts in one shape: fail<InvalidArgument>("ring_attention", "num_heads (", h, ") is not
+// ...").
 #pragma once
 
 #include <sstream>
@@ -23,7 +24,8 @@ template <class ErrorType = InvalidArgument, class... Parts>
 
 // The same with the sentence that says how to mend it.
 template <class ErrorType = InvalidArgument, class... Parts>
-[[noreturn]] void fail_with_fix(std::string fix, std::string_view operation, const Parts&... parts) {
+[[noreturn]] void fail_with_fix(std::string fix, std::string_view operation,
+                                const Parts&... parts) {
   throw ErrorType(concat(operation, ": ", parts...), std::move(fix));
 }
 

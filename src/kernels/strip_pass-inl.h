@@ -68,13 +68,13 @@ struct Sizes {
 
 // Everything kept for kWidth queries while the keys pass by.
 struct Strip {
-  char* qt;  // Q^T [k-step][query][kPer]
-  float* o;  // O^T, unnormalised [v row][query]
-  float* m;  // reference in log2 units, an integer: rescaling is exact
-  float* l;  // sum of p, for lse
-  float* w;  // sum of p as it was stored, for out: the weights then add up to 1 whatever their
-             // rounding, and a row that sees one key is that key's value exactly. Unused where
-             // storing does not round.
+  char* qt;      // Q^T [k-step][query][kPer]
+  float* o;      // O^T, unnormalised [v row][query]
+  float* m;      // reference in log2 units, an integer: rescaling is exact
+  float* l;      // sum of p, for lse
+  float* w;      // sum of p as it was stored, for out: the weights then add up to 1 whatever their
+                 // rounding, and a row that sees one key is that key's value exactly. Unused where
+                 // storing does not round.
   float* b;      // sum of p of the open block; l sums blocks, so its error grows as
                  // block + keys / block
   float* guard;  // score above which the reference is raised; -inf: no reference yet

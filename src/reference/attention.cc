@@ -4,10 +4,10 @@
 #include <limits>
 #include <numeric>
 
+#include "annulus/bars.h"
 #include "annulus/reference.h"
 #include "base/fail.h"
 #include "base/half.h"
-#include "annulus/bars.h"
 
 namespace annulus {
 inline namespace v1 {
