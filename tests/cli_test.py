@@ -321,6 +321,16 @@ class Run(CliTest):
         self.assertEqual(output["out"].values, [0.0] * 8)
         self.assertEqual(output["lse"].values, [-math.inf] * 2)
 
+    def test_real_tensors_give_the_stored_results(self):
+        data = pathlib.Path(__file__).resolve().parent.parent / "examples" / "data"
+        for name, mask in (("minilm_small", []), ("smollm2_layer15_causal", ["--causal"])):
+            source = data / f"{name}.safetensors"
+            self.call("run", source, "--ignore-extra", *mask, "--workers=3", "--partition=zigzag", "--check=3",
+                      "-o", self.path("out"))
+            self.call("check", self.path("out"), source, "--pair=out=expected_out", "--any-dtype", "--tolerance=0.02",
+                      "--rms-tolerance=1e-3")
+            self.call("check", self.path("out"), source, "--pair=lse=expected_lse", "--tolerance=1e-4")
+
     def test_report_and_trace(self):
         self.call("run", "--tokens=200", "--workers=3", "--causal", "--check=2", "--report", self.path("r.html"),
                   "--trace", self.path("t.json"))
@@ -573,14 +583,13 @@ class OtherVerbs(CliTest):
             text = self.call(verb, "--help").stdout
             self.assertIn("Examples:", text)
             self.assertIn("annulus " + verb, text)
-        for option in ("--op", "--backward", "--no-fused-backward", "--ring-backward", "--workers", "--threads-per-worker",
-                       "--partition", "--topology", "--num-links", "--all-gather", "--causal", "--causal-alignment",
-                       "--sliding-window", "--chunk-size", "--padding-segment-id", "--logical-n", "--logical-l",
-                       "--joint-strategy", "--softmax-scale", "--logits-soft-cap", "--dropout-prob", "--dropout-seed", "--isa",
-                       "--report", "--trace", "--json", "--check", "--repeat", "--quiet", "--timeout-s", "--batch", "--tokens",
-                       "--kv-tokens", "--heads", "--kv-heads", "--head-dim", "--v-head-dim", "--dtype", "--seed", "--layout",
-                       "--out-dtype", "--ignore-extra", "--dbias"):
-            self.assertIn(option, self.call("run", "--help").stdout)
+        options = """op backward no-fused-backward ring-backward workers threads-per-worker partition topology num-links
+            all-gather causal causal-alignment sliding-window chunk-size padding-segment-id logical-n logical-l joint-strategy
+            softmax-scale logits-soft-cap dropout-prob dropout-seed isa report trace json check repeat quiet timeout-s batch
+            tokens kv-tokens heads kv-heads head-dim v-head-dim dtype seed layout out-dtype ignore-extra dbias"""
+        text = self.call("run", "--help").stdout
+        for option in options.split():
+            self.assertIn("--" + option, text)
 
 
 if __name__ == "__main__":

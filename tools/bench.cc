@@ -138,7 +138,8 @@ int bench_main(int argc, char** argv) {
   const std::vector<BenchGroup> groups =
       one_row ? std::vector<BenchGroup>{{row_from(arguments)}}
               : suite(arguments.suite.empty() ? "quick" : arguments.suite,
-                      {options.isa, arguments.threads});
+                      {options.isa, !options.isa.empty() || environment_limits_isa(),
+                       arguments.threads});
   if (!options.json) {
     fmt::print("{}, {} allowed CPUs, annulus {}\n", cpu_name(), allowed_cpus(), kVersion);
   }

@@ -68,7 +68,8 @@ struct BenchResult {
 std::vector<BenchResult> measure(const BenchGroup& group, int repetitions);
 
 struct SuiteChoice {
-  std::string isa;             // empty: all
+  std::string isa;             // as chosen_target() takes it
+  bool one_path = false;       // per dtype: the chosen target; else all that the suite has
   std::optional<int> threads;  // of the rows with several threads; 2 if not given
 };
 

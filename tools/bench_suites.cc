@@ -17,8 +17,8 @@ struct Path {
 
 // One dtype on one instruction set each, fastest first: the units made for bf16, or else the best
 // that widens it; every vector width for float32. Targets below AVX2 serve other machines.
-std::vector<Path> paths_of(DType dtype, const std::string& isa) {
-  if (!isa.empty()) return {{dtype, chosen_target(dtype, isa)}};
+std::vector<Path> paths_of(DType dtype, const SuiteChoice& choice) {
+  if (choice.one_path) return {{dtype, chosen_target(dtype, choice.isa)}};
   const std::vector<std::string> wanted = dtype == DType::kBFloat16
                                               ? std::vector<std::string>{"amx", "avx512_bf16"}
                                               : std::vector<std::string>{"avx512", "avx2"};
@@ -34,9 +34,9 @@ std::vector<Path> paths_of(DType dtype, const std::string& isa) {
   return paths;
 }
 
-std::vector<Path> all_paths(const std::string& isa) {
-  std::vector<Path> paths = paths_of(DType::kBFloat16, isa);
-  for (const Path& path : paths_of(DType::kFloat32, isa)) paths.push_back(path);
+std::vector<Path> all_paths(const SuiteChoice& choice) {
+  std::vector<Path> paths = paths_of(DType::kBFloat16, choice);
+  for (const Path& path : paths_of(DType::kFloat32, choice)) paths.push_back(path);
   return paths;
 }
 
@@ -87,7 +87,7 @@ std::vector<BenchGroup> quick(const SuiteChoice& choice) {
   const int cpus = allowed_cpus();
   const int several = choice.threads.value_or(2);
   std::vector<BenchGroup> groups;
-  for (const Path& path : all_paths(choice.isa)) {
+  for (const Path& path : all_paths(choice)) {
     for (const std::int64_t head_dim : {64, 128}) {
       BenchGroup group;
       const Pair one = add_pair(group, path, head_dim, 1, {});
@@ -158,13 +158,13 @@ BenchGroup grouped_heads(const Path& path) {
   return group;
 }
 
-std::vector<Path> best_paths(const std::string& isa) {
-  return {paths_of(DType::kBFloat16, isa).front(), paths_of(DType::kFloat32, isa).front()};
+std::vector<Path> best_paths(const SuiteChoice& choice) {
+  return {paths_of(DType::kBFloat16, choice).front(), paths_of(DType::kFloat32, choice).front()};
 }
 
 std::vector<BenchGroup> kernels(const SuiteChoice& choice) {
   std::vector<BenchGroup> groups;
-  for (const Path& path : best_paths(choice.isa)) {
+  for (const Path& path : best_paths(choice)) {
     groups.push_back(special_masks_and_inputs(path));
     groups.push_back(odd_head_dims(path));
     groups.push_back(grouped_heads(path));
@@ -174,7 +174,7 @@ std::vector<BenchGroup> kernels(const SuiteChoice& choice) {
 
 std::vector<BenchGroup> rings(const SuiteChoice& choice) {
   std::vector<BenchGroup> groups;
-  for (const Path& path : best_paths(choice.isa)) {
+  for (const Path& path : best_paths(choice)) {
     BenchGroup group;
     const Pair single = add_pair(group, path, 128, choice.threads.value_or(allowed_cpus()), {});
     for (const int workers : {2, 4, 8}) {

@@ -177,6 +177,8 @@ void refuse_launchers() {
   }
 }
 
+bool environment_limits_isa() { return !variable("ANNULUS_ISA").empty(); }
+
 std::optional<int> workers_from_environment() {
   const std::string value = variable("ANNULUS_WORKERS");
   if (value.empty()) return {};

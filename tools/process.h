@@ -34,7 +34,9 @@ void check_stop();
 // everything.
 void refuse_launchers();
 
-// ANNULUS_WORKERS and ANNULUS_TIMEOUT_S; infinity for "none". Throws ConfigError.
+// ANNULUS_ISA is set; the library reads it.
+bool environment_limits_isa();
+// ANNULUS_WORKERS and ANNULUS_TIMEOUT_S (infinity for "none"). Throw ConfigError.
 std::optional<int> workers_from_environment();
 std::optional<double> timeout_from_environment();
 
