@@ -92,10 +92,11 @@ TEST(RingAccuracy, IndependentOfTheWorldSize) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
     double alone = 0, alone_max = 0;
     for (const int workers : {1, 2, 3, 4, 5, 8, 16, 64}) {
+      if (kTestScale > 1 && workers > 1 && workers != 5) continue;  // rows stay: few are luck
       Inputs in(dtype, {1, 4096, 4096, 1, 1, 64, 64}, 23, true);
       RingOptions o;
       o.attention.causal = true, o.attention.threads = 1, o.partition = Partition::zigzag();
-      const auto result = run_and_check(in, o, workers, 300 / kTestScale);
+      const auto result = run_and_check(in, o, workers, 300);
       EXPECT_TRUE(result.passed) << result.verdict;
       if (workers == 1) alone = result.rms_err, alone_max = result.max_abs_err;
       EXPECT_LE(result.rms_err, 1.1 * alone) << workers;

@@ -164,7 +164,7 @@ DType out_dtype_of(const Options& options, DType of_q) {
 }
 
 bool rounds_probabilities(const std::string& target) {
-  return target == "amx" || target == "avx512_bf16";
+  return target.rfind("amx", 0) == 0 || target == "avx512_bf16";
 }
 
 Shape out_shape(const Inputs& inputs) {
