@@ -162,7 +162,7 @@ inline void FloatRow(float* out, const void* row, const RowSource& source, std::
   const char* p = static_cast<const char*>(row);
   std::int64_t x = 0;
   if (source.element == Element::kFloat32 && source.dim_stride_bytes == 4) {
-    memcpy(out, p, static_cast<std::size_t>(n) * 4);
+    if (n > 0) memcpy(out, p, static_cast<std::size_t>(n) * 4);
     x = n;
   } else if (source.element == Element::kBFloat16 && source.dim_stride_bytes == 2) {
     const hn::Rebind<std::uint16_t, F> half;
