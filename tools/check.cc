@@ -98,8 +98,8 @@ std::vector<Comparison> compare_files(const CheckArguments& arguments) {
     if (tensor_a == nullptr && tensor_b == nullptr) {
       fail("name tensors that the files hold", "--pair={}: neither file has the tensor", pair);
     }
-    comparisons.push_back(compare(in_a == in_b ? in_a : in_a + " = " + in_b, tensor_a, tensor_b,
-                                  arguments.tolerances));
+    const std::string what = in_a == in_b ? in_a : fmt::format("{} = {}", in_a, in_b);
+    comparisons.push_back(compare(what, tensor_a, tensor_b, arguments.tolerances));
   }
   if (!arguments.pairs.empty()) return comparisons;
   std::set<std::string> names;

@@ -48,7 +48,7 @@ double number_of(const std::byte* from) {
 }
 
 const Format* format_of(const std::string& file_dtype) {
-  static const std::map<std::string, Format> kFormats = {
+  static const std::map<std::string, Format> formats = {
       {"BF16",
        {2, 8, number_of<DType::kBFloat16>,
         [](double x) { return half_rank(to_bfloat16(static_cast<float>(x))); }}},
@@ -68,8 +68,8 @@ const Format* format_of(const std::string& file_dtype) {
       {"BOOL",
        {1, 64, number_of<DType::kBool>, [](double x) { return static_cast<std::int64_t>(x); }}},
   };
-  const auto found = kFormats.find(file_dtype);
-  return found == kFormats.end() ? nullptr : &found->second;
+  const auto found = formats.find(file_dtype);
+  return found == formats.end() ? nullptr : &found->second;
 }
 
 std::int64_t ulp_distance(const Format& format, double a, double b) {
@@ -163,10 +163,10 @@ Comparison compare(const std::string& name, const NamedTensor* a, const NamedTen
     result.reason = "dtypes cannot be compared";
   }
   result.passed = result.reason.empty();
-  if (!result.passed) return result;
+  if (!result.passed || a == nullptr || b == nullptr) return result;
   result.elements = 1;
   for (const std::int64_t extent : a->shape) result.elements *= extent;
-  if (format_a != nullptr) {
+  if (format_a != nullptr && format_b != nullptr) {
     compare_numbers(result, *a, *b, *format_a, *format_b, tolerances);
   } else {
     compare_bytes(result, *a, *b);

@@ -62,6 +62,7 @@ struct Axis {
 
 std::string text_of(const std::vector<Axis>& axes) {
   std::vector<std::string> parts;
+  parts.reserve(axes.size());
   for (const Axis& axis : axes) parts.push_back(axis.text());
   return fmt::format("[{}]", fmt::join(parts, ", "));
 }
@@ -154,7 +155,8 @@ class FileTensors {
 };
 
 // [batch, seq, heads, dim] in the order of the layout.
-std::vector<Axis> attention_axes(Layout stored, Axis batch, Axis seq, Axis heads, Axis dim) {
+std::vector<Axis> attention_axes(Layout stored, const Axis& batch, const Axis& seq,
+                                 const Axis& heads, const Axis& dim) {
   if (stored == Layout::kBshd) return {batch, seq, heads, dim};
   if (stored == Layout::kBhsd) return {batch, heads, seq, dim};
   return {batch, heads, dim, seq};
@@ -164,11 +166,10 @@ void take_qkv(Inputs& inputs, const FileTensors& file, Layout layout) {
   const Layout qk = file_layout(layout, Role::kQueryOrKey),
                vo = file_layout(layout, Role::kValueOrOut);
   const auto take = [&](const char* name, Layout stored, const std::vector<DType>& dtypes,
-                        Axis batch, Axis seq, Axis heads, Axis dim) {
+                        const Axis& batch, const Axis& seq, const Axis& heads, const Axis& dim) {
     const NamedTensor& tensor = file.require(name);
     const DType dtype = file.dtype(tensor, dtypes);
-    file.shape(tensor, {attention_axes(stored, std::move(batch), std::move(seq), std::move(heads),
-                                       std::move(dim))});
+    file.shape(tensor, {attention_axes(stored, batch, seq, heads, dim)});
     return dense_view(tensor.data, dtype, logical_shape(tensor.shape, stored), stored);
   };
   inputs.q = take("q", qk, {DType::kBFloat16, DType::kFloat16, DType::kFloat32}, {"batch"},

@@ -50,7 +50,7 @@ std::size_t edit_distance(const std::string& a, const std::string& b) {
 }
 
 std::string fix_for(const CLI::App& app, const CLI::ParseError& error) {
-  const std::string help = app.get_name() + " --help shows every option with an example";
+  std::string help = app.get_name() + " --help shows every option with an example";
   if (dynamic_cast<const CLI::ExtrasError*>(&error) == nullptr) return help;
   std::vector<std::string> names;
   for (const CLI::Option* option : app.get_options()) {
@@ -58,7 +58,8 @@ std::string fix_for(const CLI::App& app, const CLI::ParseError& error) {
   }
   for (const std::string& extra : app.remaining()) {
     const std::string close = nearest(extra.substr(0, extra.find('=')), names);
-    if (extra.rfind("--", 0) == 0 && !close.empty()) return "did you mean " + close + "? " + help;
+    if (extra.rfind("--", 0) == 0 && !close.empty())
+      return help.insert(0, "did you mean " + close + "? ");
   }
   return help;
 }

@@ -12,7 +12,7 @@
 #include "annulus/attention.h"
 #include "annulus/tensor.h"
 
-namespace CLI {
+namespace CLI {  // NOLINT(readability-identifier-naming): CLI11's
 class App;
 }
 
