@@ -58,6 +58,12 @@ struct AttentionOptions {
   // axis".
   TensorView softmax_aux{};
   TensorView bias{};  // float32 or the dtype of q, [batch or 1, heads or 1, q_len, kv_len]
+  // A dropped pair adds nothing to out, the others are divided by 1 - dropout_prob; lse does not
+  // depend on it. Pair (batch, query head, query position, key position) is dropped iff the first
+  // word of Philox 4x32-10 with these four as counter and the seed as key is below dropout_prob *
+  // 2^32: the same pairs for every number of workers, partition and target.
+  double dropout_prob = 0;  // [0, 1)
+  std::uint64_t dropout_seed = 0;
 
   // How to run. None of these changes a result beyond the numeric bars.
   int threads = 0;               // per worker; 0: the allowed CPUs divided by the workers
@@ -91,6 +97,32 @@ struct CallSummary {
 CallSummary attention(const TensorView& q, const TensorView& k, const TensorView& v,
                       const MutableTensorView& out, const MutableTensorView& lse,
                       const AttentionOptions& options = {});
+
+// Where gradients go: each the shape of what it is the gradient of, in its dtype or float32. dq, dk
+// and dv are always written; dsoftmax_aux and dbias only where a view is given, and their primals
+// must then be given too. A gradient of what was broadcast is the sum over its uses.
+struct Gradients {
+  MutableTensorView dq{}, dk{}, dv{};
+  MutableTensorView dsoftmax_aux{};
+  MutableTensorView dbias{};
+};
+
+// Gradients of attention() at q, k, v for the gradient dout of out (same shape, dtype of q or
+// float32). out and lse are what attention() returned for the same arguments; lse is read as
+// float32 [batch, q_len, num_heads, 1].
+//
+//   delta = sum of dout * out over v_head_dim       ds = p * (keep / (1 - dropout_prob) * dp -
+//   delta) dp = dout v^T                                   dbias = ds    da = -exp(a - lse) *
+//   delta, summed dv = (p * keep / (1 - dropout_prob))^T dout     dq = softmax_scale * ds k, dk
+//   likewise; with a
+//                                                   cap ds is first multiplied by 1 - (s / cap)^2
+//
+// Every sum is float32, rounded once at the end. The same arguments give the same bits whatever the
+// number of threads. Cost 2.5 times the forward's FLOP; allocates float32 gradients and packed
+// copies of q, k, v and dout. Throws InvalidArgument before anything is written.
+CallSummary attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k,
+                               const TensorView& v, const TensorView& out, const TensorView& lse,
+                               const Gradients& gradients, const AttentionOptions& options = {});
 
 // Joins two attention results over disjoint sets of keys into the result over their union:
 // lse = log(e^lse_a + e^lse_b), out likewise weighted. Exact for -inf on either or both sides. out

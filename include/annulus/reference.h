@@ -41,6 +41,19 @@ Row attention_row(const TensorView& q, const TensorView& k, const TensorView& v,
 void attention(const TensorView& q, const TensorView& k, const TensorView& v,
                const AttentionOptions& options, std::vector<double>& out, std::vector<double>& lse);
 
+// Gradients in the shape and order of what they are gradients of, dense.
+struct DenseGradients {
+  std::vector<double> dq, dk, dv;
+  std::vector<double> dsoftmax_aux;  // empty without softmax_aux
+  std::vector<double> dbias;         // empty without bias
+};
+
+// Gradients of attention() for dout. `out` empty: delta is made of the oracle's own rows; else of
+// the given ones. Throws InvalidArgument.
+DenseGradients attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k,
+                                  const TensorView& v, const TensorView& out,
+                                  const AttentionOptions& options);
+
 }  // namespace reference
 }  // namespace v1
 }  // namespace annulus

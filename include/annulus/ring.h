@@ -18,11 +18,18 @@ inline namespace v1 {
 // not used.
 enum class Topology : std::uint8_t { kRing, kLinear };
 
+// What travels in the backward: keys and values with their gradients, or queries and dout with
+// theirs. kAuto takes what moves fewer bytes; keys where dbias is wanted.
+enum class RingBackward : std::uint8_t { kAuto, kKeys, kQueries };
+
 struct RingOptions {
   AttentionOptions attention{};
   Partition partition{};  // of the queries, and of the keys unless kv_partition is given
   std::optional<Partition> kv_partition{};
   Topology topology = Topology::kRing;
+  RingBackward ring_backward = RingBackward::kAuto;
+  // true: dq, dk and dv in one pass over the tiles (5 products). false: two passes (7 products).
+  bool fused_backward = true;
   WorkerOptions workers{};  // the global form only
 };
 
@@ -41,6 +48,27 @@ std::vector<CallSummary> ring_attention(int workers, const TensorView& q, const 
                                         const TensorView& v, const MutableTensorView& out,
                                         const MutableTensorView& lse,
                                         const RingOptions& options = {});
+
+// Gradients of ring_attention(), see attention_backward(). SPMD form: dout, out, lse, dq and dbias
+// are shards like q, dk and dv like k; dsoftmax_aux is complete, and the same bits, on every rank.
+CallSummary ring_attention_backward(Communicator& comm, const TensorView& dout, const TensorView& q,
+                                    const TensorView& k, const TensorView& v, const TensorView& out,
+                                    const TensorView& lse, const Gradients& gradients,
+                                    const RingOptions& options = {});
+
+// Global form.
+std::vector<CallSummary> ring_attention_backward(int workers, const TensorView& dout,
+                                                 const TensorView& q, const TensorView& k,
+                                                 const TensorView& v, const TensorView& out,
+                                                 const TensorView& lse, const Gradients& gradients,
+                                                 const RingOptions& options = {});
+
+// Forward and backward in one call: delta comes from the float32 rows of out before they are
+// rounded. Global form; lse may be empty.
+std::vector<CallSummary> ring_attention_with_gradients(
+    int workers, const TensorView& dout, const TensorView& q, const TensorView& k,
+    const TensorView& v, const MutableTensorView& out, const MutableTensorView& lse,
+    const Gradients& gradients, const RingOptions& options = {});
 
 // One rank in one ring step: whose keys are here, what they cost, where they go next.
 struct PlannedStep {
