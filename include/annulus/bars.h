@@ -29,11 +29,19 @@ struct RowIndex {
   std::int64_t head = 0;
 };
 
-// What the formula reads beside q, k and v for one row.
+// What the formula reads beside q, k and v for one visible pair.
+struct PairInputs {
+  double bias = 0;
+  bool kept = true;  // not dropped
+};
+
+// The same for one row.
 struct RowInputs {
-  std::vector<std::int64_t> keys;  // visible, rising
-  std::vector<double> bias;        // one per visible key, or empty
-  std::vector<double> sinks;       // without those that are -inf
+  std::vector<std::int64_t> keys;          // visible, rising
+  std::vector<double> bias;                // one per visible key, or empty
+  std::vector<std::uint8_t> kept;          // one per visible key, 0 if dropped; empty: no dropout
+  std::vector<double> sinks;               // without those that are -inf
+  std::vector<std::int64_t> sink_indices;  // where they stand in softmax_aux, row-major
 };
 
 // The oracle over one set of arguments. Asks the mask builder once per head, here; the views must
@@ -44,6 +52,9 @@ class Oracle {
 
   [[nodiscard]] Row row(RowIndex at) const;
   [[nodiscard]] RowInputs inputs(RowIndex at) const;
+  // Nothing if the row does not see the key.
+  [[nodiscard]] std::optional<PairInputs> pair(RowIndex at, std::int64_t key) const;
+  [[nodiscard]] bool sees_a_key(RowIndex at) const;
 
   [[nodiscard]] const AttentionOptions& options() const { return options_; }
   [[nodiscard]] double softmax_scale() const { return softmax_scale_; }
@@ -51,6 +62,8 @@ class Oracle {
   [[nodiscard]] std::int64_t q_len() const { return q_.shape[1]; }
   [[nodiscard]] std::int64_t kv_len() const { return k_.shape[1]; }
   [[nodiscard]] std::int64_t num_heads() const { return q_.shape[2]; }
+  [[nodiscard]] std::int64_t num_kv_heads() const { return k_.shape[2]; }
+  [[nodiscard]] std::int64_t kv_head(std::int64_t head) const;
   [[nodiscard]] std::int64_t head_dim() const { return q_.shape[3]; }
   [[nodiscard]] std::int64_t v_head_dim() const { return v_.shape[3]; }
   [[nodiscard]] DType dtype() const { return q_.dtype; }
@@ -64,8 +77,9 @@ class Oracle {
   [[nodiscard]] bool visible(RowIndex at, std::int64_t key) const;
   [[nodiscard]] bool visible_by_position(std::int64_t query, std::int64_t key) const;
   [[nodiscard]] bool visible_by_segment(RowIndex at, std::int64_t key) const;
-  [[nodiscard]] std::vector<double> sinks(std::int64_t head) const;
-  [[nodiscard]] std::int64_t kv_head(std::int64_t head) const;
+  [[nodiscard]] bool kept(RowIndex at, std::int64_t key) const;
+  void add_sinks(std::int64_t head, RowInputs& inputs) const;
+  void add_values(RowIndex at, const RowInputs& inputs, std::span<const double> p, Row& row) const;
 
   TensorView q_;
   TensorView k_;
@@ -100,6 +114,7 @@ struct CheckOptions {
   double softmax_scale = 1;
   bool capped = false;
   bool biased = false;
+  bool dropout = false;
 };
 
 CheckOptions check_options(const Oracle& oracle, DType out_dtype, bool bf16_probabilities);
@@ -109,7 +124,8 @@ CheckOptions check_options(const Oracle& oracle, DType out_dtype, bool bf16_prob
 // with n = head_dim + 4: the scale's rounding, its product and the subtraction of the row's maximum
 // (up to twice the score) are roundings of the score as well. N counts visible keys and sinks. Cap,
 // bias and sinks add 2 c u max|score|: c = 8 for a cap (tanh within 4 ulp, three products), 3 for a
-// bias and 3 for sinks (one sum, one subtraction of up to twice the score).
+// bias and 3 for sinks (one sum, one subtraction of up to twice the score). Dropout adds 2 u: 1 /
+// (1 - dropout_prob), made in double and rounded, and its product.
 double element_bound(const Row& exact, std::size_t d, const CheckOptions& options);
 
 // Standard deviation of element d's error in an implementation as good as the bars ask, from

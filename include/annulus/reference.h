@@ -14,9 +14,15 @@ namespace reference {
 
 // One row of the result, and what bounds of another implementation's rounding error are made of.
 // Maxima and norms run over the visible keys; values that are not finite are left out of max_abs_v.
+// With dropout, p in what follows is p * keep / (1 - dropout_prob), and max_abs_v is the largest of
+// keep / (1 - dropout_prob) * |v|.
 struct Row {
   std::vector<double> out;  // [v_head_dim]
   double lse = 0;
+  // The probability of a score s is p = exp(s - max_score) / weight_sum, and
+  // lse = max_score + log(weight_sum). Unlike exp(s - lse) this keeps its digits for huge scores.
+  double max_score = 0;
+  double weight_sum = 1;
   std::vector<double> abs_out;  // [v_head_dim] sum of p * |v|
   // [v_head_dim] root of the sum of (p * v)^2: what independent errors of the weights add up to
   std::vector<double> spread_out;

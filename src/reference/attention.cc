@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <numeric>
 
@@ -8,6 +7,8 @@
 #include "annulus/reference.h"
 #include "base/fail.h"
 #include "base/half.h"
+#include "reference/formula.h"
+#include "reference/philox.h"
 
 namespace annulus {
 inline namespace v1 {
@@ -17,62 +18,11 @@ namespace {
 constexpr const char* kOperation = "reference::attention";
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// A sum that carries the rounding error of each addition (two-sum), so that the oracle errs by
-// about one unit in the last place however many terms there are. The plain sum decides what is NaN
-// or Inf: of those the carried error says nothing.
-class Sum {
- public:
-  void add(double x) {
-    const double next = plain_ + x;
-    const double added = next - plain_;
-    error_ += (plain_ - (next - added)) + (x - added);
-    plain_ = next;
-  }
-  [[nodiscard]] double value() const { return std::isfinite(plain_) ? plain_ + error_ : plain_; }
-
- private:
-  double plain_ = 0;
-  double error_ = 0;
-};
-
 bool is_float(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16;
 }
 
 bool is_bool(DType dtype) { return dtype == DType::kBool || dtype == DType::kUInt8; }
-
-// Views may be misaligned, so elements are copied out. One loop per dtype keeps the switch outside.
-template <class Bits, class Convert>
-void load_vector(const TensorView& t, const std::byte* first, std::span<double> to,
-                 Convert convert) {
-  const std::int64_t step = t.strides[3] * static_cast<std::int64_t>(sizeof(Bits));
-  for (double& element : to) {
-    Bits bits;
-    std::memcpy(&bits, first, sizeof bits);
-    element = static_cast<double>(convert(bits));
-    first += step;
-  }
-}
-
-void load(const TensorView& t, std::int64_t b, std::int64_t s, std::int64_t h,
-          std::span<double> to) {
-  if (to.empty()) return;
-  const std::byte* first = t.at(b, s, h, 0);
-  switch (t.dtype) {
-    case DType::kFloat32:
-      return load_vector<float>(t, first, to, [](float x) { return x; });
-    case DType::kBFloat16:
-      return load_vector<std::uint16_t>(t, first, to, bf16_to_float);
-    default:
-      return load_vector<std::uint16_t>(t, first, to, f16_to_float);
-  }
-}
-
-double dot(std::span<const double> a, std::span<const double> b) {
-  Sum sum;
-  for (std::size_t d = 0; d < a.size(); ++d) sum.add(a[d] * b[d]);
-  return sum.value();
-}
 
 double squared_norm(std::span<const double> a) {
   return std::inner_product(a.begin(), a.end(), a.begin(), 0.0);
@@ -142,6 +92,9 @@ void check_call(const AttentionOptions& options, const TensorView& q, const Tens
   if (!(options.logits_soft_cap >= 0)) {
     fail(kOperation, "logits_soft_cap (", options.logits_soft_cap, ") must be 0 or positive");
   }
+  if (!(options.dropout_prob >= 0 && options.dropout_prob < 1)) {
+    fail(kOperation, "dropout_prob (", options.dropout_prob, ") must be in [0, 1)");
+  }
   const TensorView& aux = options.softmax_aux;
   if (!aux) return;
   if (!is_float(aux.dtype)) fail(kOperation, "softmax_aux must be of floats");
@@ -169,10 +122,9 @@ class Softmax {
   }
 
   [[nodiscard]] double max() const { return max_; }
+  [[nodiscard]] double sum() const { return std::isfinite(max_) ? sum_ : 1; }
   [[nodiscard]] double lse() const { return std::isfinite(max_) ? max_ + std::log(sum_) : max_; }
-  [[nodiscard]] double probability(double score) const {
-    return std::exp(score - max_) / (std::isfinite(max_) ? sum_ : 1);
-  }
+  [[nodiscard]] double probability(double score) const { return std::exp(score - max_) / sum(); }
 
  private:
   double max_ = -kInfinity;
@@ -252,22 +204,42 @@ bool Oracle::visible(RowIndex at, std::int64_t key) const {
   return masks_.empty() || masks_[static_cast<std::size_t>(at.head)].visible(at.query, key);
 }
 
-std::vector<double> Oracle::sinks(std::int64_t head) const {
+void Oracle::add_sinks(std::int64_t head, RowInputs& inputs) const {
   const TensorView& aux = options_.softmax_aux;
-  std::vector<double> found;
-  if (!aux) return found;
-  const auto take = [&](std::int64_t a, std::int64_t b) {
-    const double sink = load_element(aux.dtype, aux.at(a, b, 0, 0));
-    if (sink != -kInfinity) found.push_back(sink);
-  };
-  if (aux.shape[1] > 0) {
-    for (std::int64_t n = 0; n < aux.shape[1]; ++n) take(head, n);
-  } else if (aux.shape[0] == num_heads()) {
-    take(head, 0);
-  } else {
-    for (std::int64_t n = 0; n < aux.shape[0]; ++n) take(n, 0);
+  if (!aux) return;
+  const std::int64_t columns = std::max<std::int64_t>(aux.shape[1], 1);
+  const bool per_head = aux.shape[1] > 0 || aux.shape[0] == num_heads();
+  const std::int64_t begin = per_head ? head * columns : 0;
+  const std::int64_t end = per_head ? begin + columns : aux.shape[0];
+  for (std::int64_t n = begin; n < end; ++n) {
+    const double sink = load_element(aux.dtype, aux.at(n / columns, n % columns, 0, 0));
+    if (sink == -kInfinity) continue;
+    inputs.sinks.push_back(sink);
+    inputs.sink_indices.push_back(n);
   }
-  return found;
+}
+
+// Bits beyond 32 of a counter word do not count; the comparison in double is exact.
+bool Oracle::kept(RowIndex at, std::int64_t key) const {
+  if (options_.dropout_prob == 0) return true;
+  const auto word = [](auto x) { return static_cast<std::uint32_t>(x); };
+  const std::uint32_t drawn =
+      philox4x32_10({word(at.batch), word(at.head), word(at.query), word(key)},
+                    {word(options_.dropout_seed), word(options_.dropout_seed >> 32)})[0];
+  return static_cast<double>(drawn) >= std::ldexp(options_.dropout_prob, 32);
+}
+
+std::optional<PairInputs> Oracle::pair(RowIndex at, std::int64_t key) const {
+  if (!visible(at, key)) return std::nullopt;
+  return PairInputs{.bias = options_.bias ? broadcast_element(options_.bias, at, key) : 0,
+                    .kept = kept(at, key)};
+}
+
+bool Oracle::sees_a_key(RowIndex at) const {
+  for (std::int64_t j = 0; j < kv_len(); ++j) {
+    if (visible(at, j)) return true;
+  }
+  return false;
 }
 
 RowInputs Oracle::inputs(RowIndex at) const {
@@ -277,11 +249,13 @@ RowInputs Oracle::inputs(RowIndex at) const {
          to_string(q_.shape));
   }
   RowInputs inputs;
-  inputs.sinks = sinks(at.head);
+  add_sinks(at.head, inputs);
   for (std::int64_t j = 0; j < kv_len(); ++j) {
-    if (!visible(at, j)) continue;
+    const std::optional<PairInputs> pair = this->pair(at, j);
+    if (!pair) continue;
     inputs.keys.push_back(j);
-    if (options_.bias) inputs.bias.push_back(broadcast_element(options_.bias, at, j));
+    if (options_.bias) inputs.bias.push_back(pair->bias);
+    if (options_.dropout_prob > 0) inputs.kept.push_back(pair->kept);
   }
   return inputs;
 }
@@ -309,28 +283,46 @@ Row Oracle::row(RowIndex at) const {
   row.max_k_norm = std::sqrt(max_squared_k);
   const Softmax softmax(scores, inputs.sinks);
   row.lse = softmax.lse();
+  row.max_score = softmax.max();
+  row.weight_sum = softmax.sum();
   row.max_abs_score = largest_relevant(scores, softmax.max(), 0);
   row.max_abs_score = largest_relevant(inputs.sinks, softmax.max(), row.max_abs_score);
 
+  // Without a key, or if every weight is exp(-inf), there is nothing to normalize.
+  if (row.lse == -kInfinity) {
+    for (auto* zeros : {&row.out, &row.abs_out, &row.spread_out}) {
+      zeros->resize(static_cast<std::size_t>(v_head_dim()));
+    }
+    return row;
+  }
+  for (double& score : scores) score = softmax.probability(score);
+  add_values(at, inputs, scores, row);
+  return row;
+}
+
+void Oracle::add_values(RowIndex at, const RowInputs& inputs, std::span<const double> p,
+                        Row& row) const {
   std::vector<double> value(static_cast<std::size_t>(v_head_dim()));
   std::vector<Sum> out(value.size());
   row.abs_out.resize(value.size());
   row.spread_out.resize(value.size());
-  // Without a key, or if every weight is exp(-inf), there is nothing to normalize.
-  const std::size_t terms = row.lse == -kInfinity ? 0 : scores.size();
-  for (std::size_t n = 0; n < terms; ++n) {
+  const double keep_prob = 1 - options_.dropout_prob;
+  for (std::size_t n = 0; n < p.size(); ++n) {
+    if (!inputs.kept.empty() && inputs.kept[n] == 0) continue;
     load_value(at, inputs.keys[n], value);
-    const double p = softmax.probability(scores[n]);
+    const double weight = p[n] / keep_prob;
     for (std::size_t d = 0; d < value.size(); ++d) {
-      out[d].add(p * value[d]);
-      row.abs_out[d] += p * std::abs(value[d]);
-      row.spread_out[d] += p * value[d] * (p * value[d]);
-      if (std::isfinite(value[d])) row.max_abs_v = std::max(row.max_abs_v, std::abs(value[d]));
+      const double term = weight * value[d];
+      out[d].add(term);
+      row.abs_out[d] += std::abs(term);
+      row.spread_out[d] += term * term;
+      if (std::isfinite(value[d])) {
+        row.max_abs_v = std::max(row.max_abs_v, std::abs(value[d]) / keep_prob);
+      }
     }
   }
   for (const Sum& sum : out) row.out.push_back(sum.value());
   for (double& squares : row.spread_out) squares = std::sqrt(squares);
-  return row;
 }
 
 Row attention_row(const TensorView& q, const TensorView& k, const TensorView& v,

@@ -109,10 +109,13 @@ NaiveRow naive_row(const Oracle& oracle, RowIndex at, DType arithmetic) {
   }
   for (const float s : sinks) sum += std::exp(s - max);
   row.lse = max + std::log(sum);
+  const auto keep_scale = static_cast<float>(1 / (1 - oracle.options().dropout_prob));
   std::vector<double> value(row.out.size());
   for (std::size_t n = 0; n < weights.size(); ++n) {
     oracle.load_value(at, inputs.keys[n], value);
-    const float p = stored(weights[n] / sum);
+    if (!inputs.kept.empty() && inputs.kept[n] == 0) continue;
+    float p = stored(weights[n] / sum);
+    if (!inputs.kept.empty()) p = stored(p * keep_scale);
     for (std::size_t d = 0; d < value.size(); ++d) {
       const float product = p * static_cast<float>(value[d]);
       row.out[d] += product;
@@ -128,7 +131,8 @@ CheckOptions check_options(const Oracle& oracle, DType out_dtype, bool bf16_prob
           .head_dim = oracle.head_dim(),
           .softmax_scale = oracle.softmax_scale(),
           .capped = oracle.options().logits_soft_cap > 0,
-          .biased = static_cast<bool>(oracle.options().bias)};
+          .biased = static_cast<bool>(oracle.options().bias),
+          .dropout = oracle.options().dropout_prob > 0};
 }
 
 double element_bound(const Row& exact, std::size_t d, const CheckOptions& options) {
@@ -138,6 +142,7 @@ double element_bound(const Row& exact, std::size_t d, const CheckOptions& option
   const auto terms = static_cast<double>(exact.visible + exact.sinks);
   const double weights = 2 * roundings(static_cast<double>(options.head_dim + 4)) * largest_score +
                          2 * extra * kUnit * exact.max_abs_score + roundings(terms) + 8 * kUnit +
+                         (options.dropout ? 2 * kUnit : 0) +
                          (options.bf16_probabilities ? unit_roundoff(DType::kBFloat16) : 0);
   const double output =
       std::max(unit_roundoff(options.out_dtype) * std::abs(out), spacing(options.out_dtype, 0) / 2);
