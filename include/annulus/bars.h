@@ -35,13 +35,17 @@ struct PairInputs {
   bool kept = true;  // not dropped
 };
 
-// The same for one row.
+struct SinkInput {
+  double value = 0;
+  std::int64_t index = 0;  // in softmax_aux, row-major
+};
+
+// What the formula reads beside q, k and v for one row.
 struct RowInputs {
-  std::vector<std::int64_t> keys;          // visible, rising
-  std::vector<double> bias;                // one per visible key, or empty
-  std::vector<std::uint8_t> kept;          // one per visible key, 0 if dropped; empty: no dropout
-  std::vector<double> sinks;               // without those that are -inf
-  std::vector<std::int64_t> sink_indices;  // where they stand in softmax_aux, row-major
+  std::vector<std::int64_t> keys;  // visible, rising
+  std::vector<double> bias;        // one per visible key, or empty
+  std::vector<std::uint8_t> kept;  // one per visible key, 0 if dropped; empty without dropout
+  std::vector<double> sinks;       // without those that are -inf
 };
 
 // The oracle over one set of arguments. Asks the mask builder once per head, here; the views must
@@ -55,6 +59,8 @@ class Oracle {
   // Nothing if the row does not see the key.
   [[nodiscard]] std::optional<PairInputs> pair(RowIndex at, std::int64_t key) const;
   [[nodiscard]] bool sees_a_key(RowIndex at) const;
+  // Without those that are -inf.
+  [[nodiscard]] std::vector<SinkInput> sinks(std::int64_t head) const;
 
   [[nodiscard]] const AttentionOptions& options() const { return options_; }
   [[nodiscard]] double softmax_scale() const { return softmax_scale_; }
@@ -78,7 +84,6 @@ class Oracle {
   [[nodiscard]] bool visible_by_position(std::int64_t query, std::int64_t key) const;
   [[nodiscard]] bool visible_by_segment(RowIndex at, std::int64_t key) const;
   [[nodiscard]] bool kept(RowIndex at, std::int64_t key) const;
-  void add_sinks(std::int64_t head, RowInputs& inputs) const;
   void add_values(RowIndex at, const RowInputs& inputs, std::span<const double> p, Row& row) const;
 
   TensorView q_;

@@ -204,19 +204,19 @@ bool Oracle::visible(RowIndex at, std::int64_t key) const {
   return masks_.empty() || masks_[static_cast<std::size_t>(at.head)].visible(at.query, key);
 }
 
-void Oracle::add_sinks(std::int64_t head, RowInputs& inputs) const {
+std::vector<SinkInput> Oracle::sinks(std::int64_t head) const {
   const TensorView& aux = options_.softmax_aux;
-  if (!aux) return;
+  std::vector<SinkInput> found;
+  if (!aux) return found;
   const std::int64_t columns = std::max<std::int64_t>(aux.shape[1], 1);
   const bool per_head = aux.shape[1] > 0 || aux.shape[0] == num_heads();
   const std::int64_t begin = per_head ? head * columns : 0;
   const std::int64_t end = per_head ? begin + columns : aux.shape[0];
   for (std::int64_t n = begin; n < end; ++n) {
     const double sink = load_element(aux.dtype, aux.at(n / columns, n % columns, 0, 0));
-    if (sink == -kInfinity) continue;
-    inputs.sinks.push_back(sink);
-    inputs.sink_indices.push_back(n);
+    if (sink != -kInfinity) found.push_back({sink, n});
   }
+  return found;
 }
 
 // Bits beyond 32 of a counter word do not count; the comparison in double is exact.
@@ -249,7 +249,7 @@ RowInputs Oracle::inputs(RowIndex at) const {
          to_string(q_.shape));
   }
   RowInputs inputs;
-  add_sinks(at.head, inputs);
+  for (const SinkInput& sink : sinks(at.head)) inputs.sinks.push_back(sink.value);
   for (std::int64_t j = 0; j < kv_len(); ++j) {
     const std::optional<PairInputs> pair = this->pair(at, j);
     if (!pair) continue;
