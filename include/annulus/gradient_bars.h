@@ -45,8 +45,19 @@ struct GradientCheck {
 // Bar N2: bfloat16 and float16 gradients at most 1.05 x rounding with float32 products, at most 3.5
 // x rounding in the largest error and 1.7 x in rms with bfloat16 products; never above the naive
 // same-dtype computation. float32 gradients: at most naive float32 + 2 ulp of the largest; with
-// bfloat16 products judged as if they were bfloat16. 0 where the formula has no term; NaN and Inf
-// where the oracle has them. `computed` holds the gradients to judge.
+// bfloat16 products judged as if they were bfloat16. dsoftmax_aux is never made of bfloat16
+// products.
+//
+// Unless strict, the largest errors are also allowed what independent roundings of the terms come
+// to by chance, and rms errors always are: 0.42 * 2^-8 sqrt(sum of squared terms) for bfloat16
+// products; float32's part follows from the sums of |q k|, |dout v| and |dout out|. In units of the
+// same standard deviations every element has a bound of its own (N5, bound_ratio), so that a wrong
+// tile does not hide where gradients are small. That bound takes the roundings of p and ds as
+// independent from pair to pair, or else all alike.
+//
+// 0 where the formula has no term; NaN and Inf where the oracle has them. `computed` holds the
+// gradients to judge; what has no view is left out. Costs O(tokens * rows * dim) per head for
+// sampled rows if out and lse are given, else a forward over all rows. Throws InvalidArgument.
 GradientCheck check_gradients(const TensorView& q, const TensorView& k, const TensorView& v,
                               const BackwardInputs& inputs, const AttentionOptions& options,
                               const Gradients& computed, const GradientCheckOptions& check);
