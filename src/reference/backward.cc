@@ -19,6 +19,7 @@ class Element {
 
 std::vector<double> values(const std::vector<Element>& elements) {
   std::vector<double> x;
+  x.reserve(elements.size());
   for (const Element& element : elements) x.push_back(element.value());
   return x;
 }
