@@ -297,12 +297,12 @@ inline float normalise(const Strip::Head& z, int n, float sink, float& lse) {
   return static_cast<float>(exp(seen - total)) / z.w[n];
 }
 
-void finish(const void* memory, const float* sinks, float* out, std::int64_t out_stride, float* lse,
-            Dims dims) {
+void finish(const void* memory, const float* sinks, float keep_scale, float* out,
+            std::int64_t out_stride, float* lse, Dims dims) {
   const Sizes sizes(dims);
   const Strip strip(memory, sizes);
   alignas(64) float factor[kStripRows];
-  for (int n = 0; n < kStripRows; ++n) factor[n] = normalise(*strip.head, n, sinks[n], lse[n]);
+  for (int n = 0; n < kStripRows; ++n) factor[n] = normalise(*strip.head, n, sinks[n], lse[n]) * keep_scale;
   for (std::int64_t x = 0; x < dims.v_head_dim; x += 16) {
     const std::int64_t left = dims.v_head_dim - x;
     const auto have = static_cast<__mmask16>(left >= 16 ? 0xffffU : (1U << left) - 1);

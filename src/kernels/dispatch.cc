@@ -28,6 +28,8 @@ struct Entry {
   bool (*available)();
   bool (*takes)(DType);
   const ForwardKernel* (*forward)();
+  const BackwardKernel* (*backward)();
+  DropoutBits (*dropout)();
   const char* use;
 };
 
@@ -36,28 +38,37 @@ constexpr const char* kSimulated = "amx_simulated";  // for tests: by name only,
 #if HWY_ARCH_X86
 const Entry kEntries[] = {
     {"scalar", always, any_dtype, [] { return vector_forward("scalar"); },
+     [] { return vector_backward("scalar"); }, [] { return vector_dropout("scalar"); },
      "plain C++, for comparison"},
     {"ssse3", highway_has<HWY_SSSE3>, any_dtype, [] { return vector_forward("ssse3"); },
+     [] { return vector_backward("ssse3"); }, [] { return vector_dropout("ssse3"); },
      "float32 products, 4 lanes"},
     {"sse4", highway_has<HWY_SSE4>, any_dtype, [] { return vector_forward("sse4"); },
+     [] { return vector_backward("sse4"); }, [] { return vector_dropout("sse4"); },
      "float32 products, 4 lanes"},
     {"avx2", highway_has<HWY_AVX2>, any_dtype, [] { return vector_forward("avx2"); },
+     [] { return vector_backward("avx2"); }, [] { return vector_dropout("avx2"); },
      "float32 products, 8 lanes"},
     {"avx512", highway_has<HWY_AVX3>, any_dtype, [] { return vector_forward("avx512"); },
+     [] { return vector_backward("avx512"); }, [] { return vector_dropout("avx512"); },
      "float32 products, 16 lanes"},
     {"avx512_bf16", [] { return highway_has<HWY_AVX3>() && cpu_features().avx512_bf16; },
-     bfloat16_only, avx512_bf16_forward, "bfloat16 dot products"},
-    {kSimulated, highway_has<HWY_AVX3>, bfloat16_only, amx_simulated_forward,
-     "the AMX kernel on simulated tiles"},
+     bfloat16_only, avx512_bf16_forward, avx512_bf16_backward,
+     [] { return vector_dropout("avx512"); }, "bfloat16 dot products"},
+    {kSimulated, highway_has<HWY_AVX3>, bfloat16_only, amx_simulated_forward, avx512_bf16_backward,
+     [] { return vector_dropout("avx512"); }, "the AMX kernel on simulated tiles"},
     {"amx", [] { return highway_has<HWY_AVX3>() && cpu_features().amx_bf16; }, bfloat16_only,
-     amx_bf16_forward, "bfloat16 tile products"},
+     amx_bf16_forward, avx512_bf16_backward, [] { return vector_dropout("avx512"); },
+     "bfloat16 tile products"},
 };
 #else
 const Entry kEntries[] = {
     {"scalar", always, any_dtype, [] { return vector_forward("scalar"); },
+     [] { return vector_backward("scalar"); }, [] { return vector_dropout("scalar"); },
      "plain C++, for comparison"},
     {"simd", [] { return vector_forward("simd") != nullptr; }, any_dtype,
-     [] { return vector_forward("simd"); }, "float32 products, 4 lanes"},
+     [] { return vector_forward("simd"); }, [] { return vector_backward("simd"); },
+     [] { return vector_dropout("simd"); }, "float32 products, 4 lanes"},
 };
 #endif
 
@@ -110,6 +121,13 @@ const Entry& choose(DType dtype, const std::string& isa) {
 
 const ForwardKernel& choose_forward(DType dtype, const std::string& isa) {
   return *choose(dtype, isa).forward();
+}
+
+const BackwardKernel& choose_backward(DType dtype, const std::string& isa) {
+  return *choose(dtype, isa).backward();
+}
+DropoutBits choose_dropout(DType dtype, const std::string& isa) {
+  return choose(dtype, isa).dropout();
 }
 
 inline namespace v1 {

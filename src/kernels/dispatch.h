@@ -16,8 +16,15 @@ const ForwardKernel*
 amx_simulated_forward();  // the AMX kernel over tile operations in plain C++; needs AVX-512
 // float32 kernels by Highway target name ("avx2"); null if not compiled in.
 const ForwardKernel* vector_forward(const std::string& target);
+const BackwardKernel* avx512_bf16_backward();
+const BackwardKernel* vector_backward(const std::string& target);
+// Of strips as wide as that target's.
+DropoutBits vector_dropout(const std::string& target);
 
-// The kernel of chosen_target(dtype, isa). Reads the environment.
+// The kernels of chosen_target(dtype, isa). They read the environment.
 const ForwardKernel& choose_forward(DType dtype, const std::string& isa);
+const BackwardKernel& choose_backward(DType dtype, const std::string& isa);
+// For the strips of both.
+DropoutBits choose_dropout(DType dtype, const std::string& isa);
 
 }  // namespace annulus

@@ -43,27 +43,6 @@ std::int64_t PackedBytes(Dims dims, std::int64_t num_keys) {
          64 * 64;
 }
 
-// Four rows of 32-bit words become [step][4] at `out`, `stride` words from step to step; null rows
-// are zeros.
-template <class A>
-void TransposeRows(const void* const* rows, const RowSource& source, std::int64_t head_dim,
-                   std::int64_t steps, std::uint32_t* out, std::int64_t stride) {
-  for (std::int64_t x = 0; x < steps;
-       x += kRowWords) {  // by pieces, so that any head_dim fits the stack
-    alignas(64) std::uint32_t words[4][kRowWords];
-    const std::int64_t piece = steps - x < kRowWords ? steps - x : kRowWords;
-    const std::int64_t left = head_dim - x * A::kPer,
-                       have = left < piece * A::kPer ? left : piece * A::kPer;
-    for (int i = 0; i < 4; ++i) {
-      const char* row = static_cast<const char*>(rows[i]);
-      A::PackRow(reinterpret_cast<char*>(words[i]),
-                 row == nullptr ? row : row + x * A::kPer * source.dim_stride_bytes, source, have,
-                 piece * A::kPer);
-    }
-    TransposeIn(words, out + x * stride, stride, piece);
-  }
-}
-
 template <class A>
 void PackKeys(void* packed, const RowSource& k, const RowSource& v, Dims dims,
               std::int64_t num_keys, std::int64_t key_begin, std::int64_t key_end) {
@@ -73,14 +52,8 @@ void PackKeys(void* packed, const RowSource& k, const RowSource& v, Dims dims,
   auto* poisoned = reinterpret_cast<std::uint8_t*>(v_out + sizes.v_bytes(num_keys));
   for (std::int64_t tile = key_begin; tile < key_end; tile += kKeys) {
     const void *k_rows[kKeys], *v_rows[kKeys];
-    for (int r = 0; r < kKeys; ++r) {
-      const bool real = tile + r < num_keys;
-      k_rows[r] = real ? RowAddress(k, tile + r) : nullptr,
-      v_rows[r] = real ? RowAddress(v, tile + r) : nullptr;
-    }
-    auto* k_tile = reinterpret_cast<std::uint32_t*>(k_out + tile * sizes.k_row_bytes());
-    for (int r = 0; r < kKeys; r += 4)
-      TransposeRows<A>(k_rows + r, k, dims.head_dim, sizes.steps, k_tile + r, kKeys);
+    RowsOfTile(k, tile, num_keys, k_rows), RowsOfTile(v, tile, num_keys, v_rows);
+    TransposeTile<A>(k_rows, k, dims.head_dim, sizes.steps, k_out + tile * sizes.k_row_bytes());
     char* v_tile = v_out + tile / A::kPer * sizes.v_step_bytes();
     A::PackValues(v_tile, v_rows, kKeys, v, dims.v_head_dim, sizes.v_rows);
     poisoned[tile / kKeys] = A::AnyNotFinite(v_tile, kKeys / A::kPer * sizes.v_rows) ? 1 : 0;
@@ -93,12 +66,7 @@ void StartStrip(void* memory, const void* const* rows, std::int64_t count,
   const Sizes<A> sizes(dims);
   const Strip z = Strip::At(memory, sizes);
   const RowSource source{nullptr, nullptr, 0, dim_stride_bytes, element};
-  for (int n = 0; n < kWidth; n += 4) {
-    const void* four[4];
-    for (int i = 0; i < 4; ++i) four[i] = n + i < count ? rows[n + i] : nullptr;
-    TransposeRows<A>(four, source, dims.head_dim, sizes.steps,
-                     reinterpret_cast<std::uint32_t*>(z.qt) + n, kWidth);
-  }
+  TransposeStrip<A>(rows, count, source, dims.head_dim, sizes.steps, z.qt);
   memset(z.o, 0, static_cast<std::size_t>(sizes.v_rows * kWidth * 4));
   for (int n = 0; n < kWidth; ++n)
     z.m[n] = 0, z.l[n] = 0, z.w[n] = 0, z.b[n] = 0, z.guard[n] = -INFINITY, z.f[n] = 1;
@@ -142,8 +110,8 @@ inline double LogAddExp(double a, double b) {
 }
 
 template <class A>
-void FinishStrip(const void* memory, const float* sinks, float* out, std::int64_t out_stride,
-                 float* lse, Dims dims) {
+void FinishStrip(const void* memory, const float* sinks, float keep_scale, float* out,
+                 std::int64_t out_stride, float* lse, Dims dims) {
   const Sizes<A> sizes(dims);
   const Strip z = Strip::At(const_cast<void*>(memory), sizes);
   alignas(64) float factor[kWidth];
@@ -157,7 +125,7 @@ void FinishStrip(const void* memory, const float* sinks, float* out, std::int64_
     // Without a sink the exponential is 1; it is NaN where l is, which rounded weights may hide.
     const double total = LogAddExp(seen, static_cast<double>(sinks[n]));
     lse[n] = static_cast<float>(total);
-    factor[n] = static_cast<float>(exp(seen - total)) / weights;
+    factor[n] = static_cast<float>(exp(seen - total)) / weights * keep_scale;
   }
   TransposeOut(z.o, kWidth, factor, dims.v_head_dim, out, out_stride);
 }

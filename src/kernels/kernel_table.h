@@ -34,9 +34,11 @@ struct RowSource {
 
 // What is done to a stored score tile before the exponentials, and how scores become exponents.
 struct ScoreRule {
-  float scale;  // softmax_scale
-  float cap;    // logits_soft_cap; 0: none
-  bool bias;    // StripWork::bias is given
+  float scale;       // softmax_scale
+  float cap;         // logits_soft_cap; 0: none
+  bool bias;         // StripWork::bias is given
+  float keep_scale;  // 1 / (1 - dropout_prob)
+  bool dropout;      // StripWork::keep_bits is given
 };
 
 enum : std::uint8_t { kTileEmpty = 0, kTileFull = 1, kTilePartial = 2 };
@@ -47,8 +49,10 @@ struct StripWork {
   const std::uint8_t* tile_class;  // [ceil(panel keys / tile_keys)]
   const std::uint32_t* lane_bits;  // [panel keys rounded up to tile_keys]; read for partial tiles
                                    // only, bit n: lane n sees the key
-  const float*
-      bias;  // [panel keys rounded up to tile_keys][strip_rows] or null; garbage where not visible
+  const float* bias;  // [panel keys rounded up to tile_keys][strip_rows] or null; garbage where not
+                      // visible
+  const std::uint32_t* keep_bits;  // [panel keys rounded up to tile_keys] or null; bit n: dropout
+                                   // keeps the pair of lane n; garbage where not visible
 };
 
 struct PanelCall {
@@ -96,12 +100,108 @@ struct ForwardKernel {
   void (*panel)(const PanelCall& call);
   // Normalised rows: out[n][0..v_head_dim) float32, row stride out_stride floats, and lse[n] for n
   // in [0, strip_rows). sinks[n] is the logsumexp of lane n's sinks, -inf for none; it is counted
-  // here, once.
-  void (*finish)(const void* strip, const float* sinks, float* out, std::int64_t out_stride,
-                 float* lse, Dims dims);
+  // here, once, and so is keep_scale.
+  void (*finish)(const void* strip, const float* sinks, float keep_scale, float* out,
+                 std::int64_t out_stride, float* lse, Dims dims);
   // FLOP/s of a register-only loop of the product instruction, `rounds` times 24 instructions long;
   // returns the FLOP done. The caller holds the clock.
   double (*peak_loop)(std::int64_t rounds);
 };
+
+// The backward of a block: some strips of queries that follow each other against one panel of keys.
+// One instruction stream computes S^T = K Q^T and dP^T = V dO^T by tiles and stores P and dS; then
+//   dV += P^T dO    dK += dS^T Q    dQ^T += K^T dS^T
+
+// One strip of the block.
+struct BackwardStrip {
+  const void* packed;              // what pack_strip() wrote
+  float* dq;                       // [dq_rows(head_dim)][strip_rows], added to
+  const std::uint8_t* tile_class;  // as in StripWork, and the next three
+  const std::uint32_t* lane_bits;
+  const float* bias;
+  const std::uint32_t* keep_bits;
+  float* ds;  // [panel keys rounded up to tile_keys][strip_rows] or null: receives dS as dbias has
+              // it; garbage where not visible
+};
+
+struct BackwardCall {
+  const void* packed;  // what pack_keys() wrote for this KV head
+  std::int64_t num_keys;
+  std::int64_t key_begin;  // the panel, as in PanelCall
+  std::int64_t key_count;
+  const BackwardStrip* strips;
+  std::int64_t strip_count;  // at most block_rows / strip_rows
+  // [key of the panel][row_floats()], added to; null with want_dkv false.
+  float* dk;
+  float* dv;
+  bool want_dq;
+  bool want_dkv;
+  // Will be needed next (prefetch), null and 0: nothing.
+  const char* next_strips;
+  std::int64_t next_strip_bytes;
+  char* next_dq;
+  std::int64_t next_dq_bytes;
+  ScoreRule rule;
+  Dims dims;
+  void* scratch;  // scratch_bytes(), one per thread, 64-byte aligned
+};
+
+// Rows of one strip: their q and dout, and what the forward knew of them.
+struct StripRows {
+  const void* const* q;     // [count]
+  const void* const* dout;  // [count]
+  std::int64_t count;
+  std::int64_t q_dim_stride_bytes;
+  std::int64_t dout_dim_stride_bytes;
+  Element q_element;
+  Element dout_element;
+  const float* lse;    // [count]
+  const float* delta;  // [count]
+};
+
+struct BackwardBlocking {
+  std::int64_t panel_keys;  // a multiple of tile_keys
+  std::int64_t block_rows;  // a multiple of strip_rows
+};
+
+struct BackwardKernel {
+  const char* target;
+  const char* arithmetic;
+  Element compute;
+  std::int64_t strip_rows;  // at most 32
+  std::int64_t tile_keys;
+
+  BackwardBlocking (*blocking)(Dims dims);
+  std::int64_t (*scratch_bytes)(Dims dims);
+  std::int64_t (*packed_bytes)(Dims dims, std::int64_t num_keys);
+  std::int64_t (*strip_bytes)(Dims dims);
+  // Floats of a row of dk or dv in memory, for head_dim or v_head_dim.
+  std::int64_t (*row_floats)(std::int64_t dim);
+  // Rows of a strip's dq in memory.
+  std::int64_t (*dq_rows)(std::int64_t head_dim);
+
+  // As ForwardKernel::pack.
+  void (*pack_keys)(void* packed, const RowSource& k, const RowSource& v, Dims dims,
+                    std::int64_t num_keys, std::int64_t key_begin, std::int64_t key_end);
+  // Lanes beyond the count are zero queries that see nothing.
+  void (*pack_strip)(void* strip, const StripRows& rows, Dims dims);
+  // A NaN or Inf in a key, value, query or dout never reaches the gradients of a pair's other side
+  // where the pair is hidden.
+  void (*block)(const BackwardCall& call);
+  // rows[n][0..head_dim) = factor * dq[.][n], row stride `stride` floats, n in [0, strip_rows).
+  void (*unload_dq)(const float* dq, float factor, float* rows, std::int64_t stride, Dims dims);
+};
+
+// Dropout's counter rule for a strip of queries: bit n of bits[k] is set iff the pair is kept.
+struct DropoutRows {
+  std::uint64_t seed;
+  std::uint64_t threshold;  // dropped iff the word is below: ceil(dropout_prob * 2^32)
+  std::uint32_t batch;
+  std::int64_t count;         // lanes
+  const std::int32_t* head;   // [32]
+  const std::int64_t* query;  // [32] positions
+};
+using DropoutBits = void (*)(const DropoutRows& rows, const std::int64_t* keys,
+                             std::int64_t num_keys, std::uint32_t* bits);
 
 }  // namespace annulus

@@ -1,42 +1,19 @@
 // The attention forward of one strip of queries against a panel of keys, written once and compiled
 // per instruction set. Lanes are queries: S^T = K Q^T and O^T += V^T P^T need no shuffles, sums and
 // maxima are lane-wise, and P is born in the form the second product reads.
-//
-// Includers define the target's attributes and, per arithmetic, a type A:
-//   Stored             element of K, Q, V and P in memory; kPer of them share a 32-bit lane
-//   kDegree            of the exponential's polynomial
-//   Dot(acc, a, b)     acc + a * b, summed over the kPer elements of a lane
-//   kRoundsP           P is stored with fewer bits than it is summed with
-//
-// Figures in comments are shares of peak on a Zen 5 core at 16K tokens, bf16, d = 128, unless they
-// say otherwise.
 
 #include <math.h>
 #include <string.h>
 
 #include "hwy/highway.h"
 #include "kernels/kernel_table.h"
-#include "kernels/vector-inl.h"
+#include "kernels/tile-inl.h"
 
 ANNULUS_PUSH_TARGET
 namespace annulus {
 namespace HWY_NAMESPACE {
 namespace {
 
-// A tile is kKeys keys x kVecs vectors of queries; its accumulators cover latency x pipes (12 for
-// vdpbf16ps on Zen 5) and leave room for operands: 8 x 2 of 32 registers, 4 x 3 of 16. More (8 x 3)
-// spill beside the exponentials.
-#if HWY_TARGET <= HWY_AVX3
-constexpr int kKeys = 8, kVecs = 2;
-constexpr int kPeakAccumulators = 24;
-#elif HWY_TARGET != HWY_SCALAR
-constexpr int kKeys = 4, kVecs = 3;
-constexpr int kPeakAccumulators = 12;
-#else
-constexpr int kKeys = 4, kVecs = 4;
-constexpr int kPeakAccumulators = 12;
-#endif
-constexpr int kWidth = kVecs * kLanes;  // queries of a strip
 // Keys whose P waits for one product with V. Longer saves trips of O (1 point against 128), shorter
 // keeps P in the L1.
 constexpr int kBlock = 256;
@@ -44,11 +21,6 @@ constexpr int kBlock = 256;
 // 2^kGuard before the next raise. Both are far inside float32 and bf16; weights are lost below
 // 2^-86 of the largest.
 constexpr float kGuard = 40, kRoom = 40;
-constexpr float kLog2e = 1.44269504088896341F;
-constexpr double kLn2 = 0.693147180559945309;
-
-using Tile = V[kKeys][kVecs];
-
 template <class A>
 struct Sizes {
   // A packed KV head: K by tiles [tile][k-step][key][kPer], V [key / kPer][d][kPer], one byte per
@@ -97,32 +69,6 @@ struct Scratch {
   char* p;      // P^T of the open block [key / kPer][query][kPer]
 };
 
-HWY_INLINE V At(const float* p, int c) { return hn::Load(kF, p + c * kLanes); }
-HWY_INLINE void Put(float* p, int c, V x) { hn::Store(x, kF, p + c * kLanes); }
-
-HWY_INLINE void Clear(Tile& acc) {
-  ANNULUS_UNROLL for (int r = 0; r < kKeys; ++r) {
-    ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) { acc[r][c] = hn::Zero(kF); }
-  }
-}
-
-// acc[r][c] += sum over k of a[k][r] * b[k][c]: kKeys words of a are neighbours, steps are k_stride
-// bytes apart. The broadcast is pinned in a register: folded into every product it would be loaded
-// kVecs times, and loads are the limit (79-84 % instead of 92).
-template <class A>
-HWY_INLINE void Multiply(Tile& acc, const char* a, std::int64_t k_stride, const char* b,
-                         std::int64_t steps) {
-  for (std::int64_t k = 0; k < steps; ++k, a += k_stride, b += kWidth * 4) {
-    V query[kVecs];
-    ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) query[c] =
-        hn::Load(kF, reinterpret_cast<const float*>(b) + c * kLanes);
-    ANNULUS_UNROLL for (int r = 0; r < kKeys; ++r) {
-      const V x = PinnedBroadcast(a + r * 4);
-      ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) acc[r][c] = A::Dot(acc[r][c], query[c], x);
-    }
-  }
-}
-
 // One strip against one panel.
 template <class A>
 class StripPass {
@@ -141,11 +87,7 @@ class StripPass {
     v_ = packed + sizes_.k_bytes(call.num_keys) + call.key_begin / A::kPer * sizes_.v_step_bytes();
     poisoned_ = reinterpret_cast<const std::uint8_t*>(packed) + sizes_.k_bytes(call.num_keys) +
                 sizes_.v_bytes(call.num_keys) + call.key_begin / kKeys;
-    // A negative scale would turn maxima into minima and zero times a hidden score is NaN;
-    // Transform() multiplies first.
-    plain_ = call.rule.cap == 0 && !call.rule.bias && call.rule.scale > 0;
-    scale_ =
-        plain_ ? static_cast<float>(static_cast<double>(call.rule.scale) * (1 / kLn2)) : kLog2e;
+    plain_ = PlainScores(call.rule), scale_ = ExponentScale(call.rule);
   }
 
   void AimPrefetch(const char* k, const char* v, std::int64_t lines, std::int64_t per_slot) {
@@ -172,10 +114,10 @@ class StripPass {
   }
 
  private:
-  // A value that is not finite in a tile that some lane sees only in part: 0 * NaN would reach the
-  // others.
+  // A value that is not finite in a tile that some lane sees only in part, or that dropout thins
+  // out: 0 * NaN would reach the others.
   bool Poisoned(std::int64_t tile) const {
-    return work_.tile_class[tile] == kTilePartial && poisoned_[tile] != 0;
+    return poisoned_[tile] != 0 && (work_.tile_class[tile] == kTilePartial || call_.rule.dropout);
   }
 
   // Tiles t+1 (products) and t (exponentials) share one instruction stream; the product with V of a
@@ -189,7 +131,7 @@ class StripPass {
       Clear(acc);
       const char* a = k_ + t * kKeys * sizes_.k_row_bytes();
       if (t == first) {
-        Multiply<A>(acc, a, kKeys * 4, z_.qt, sizes_.steps);
+        Multiply<A>(acc, a, kKeys * 4, z_.qt, kWidth * 4, sizes_.steps);
       } else {
         MultiplyBesideExponentials(acc, a, before,
                                    scratch_.p + (t - 1 - block) * kKeys * kKeyBytes);
@@ -223,18 +165,18 @@ class StripPass {
       ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) {
         ExponentialPair(before, u, c, m[c], sum[c], p);
         Prefetch();
-        Multiply<A>(acc, a, kKeys * 4, b, per_pair);
+        Multiply<A>(acc, a, kKeys * 4, b, kWidth * 4, per_pair);
         a += per_pair * kKeys * 4, b += per_pair * kWidth * 4;
       }
     }
-    Multiply<A>(acc, a, kKeys * 4, b, steps - per_pair * kPairs);
+    Multiply<A>(acc, a, kKeys * 4, b, kWidth * 4, steps - per_pair * kPairs);
 #else
     ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) {
       for (int u = 0; u < kKeys / 2; ++u)
         ExponentialPair(before, u, c, m[c], sum[c], p), Prefetch();
     }
     Clear(acc);
-    Multiply<A>(acc, a, kKeys * 4, b, sizes_.steps);
+    Multiply<A>(acc, a, kKeys * 4, b, kWidth * 4, sizes_.steps);
 #endif
     ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) Put(z_.b, c, sum[c]);
   }
@@ -257,7 +199,8 @@ class StripPass {
   HWY_INLINE bool Scores(Tile& acc, std::int64_t t, float* s, float* top) {
     if (HWY_UNLIKELY(!plain_)) {
       StoreTile(acc, s);
-      Transform(t, s);
+      TransformScores(call_.rule, call_.rule.bias ? work_.bias + t * kKeys * kWidth : nullptr, s,
+                      nullptr);
       LoadTile(acc, s);
     }
     if (HWY_UNLIKELY(work_.tile_class[t] == kTilePartial)) Hide(acc, work_.lane_bits + t * kKeys);
@@ -276,37 +219,6 @@ class StripPass {
     ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) Put(top, c, highest[c]);
     return true;
   }
-  static HWY_INLINE void StoreTile(const Tile& acc, float* s) {
-    ANNULUS_UNROLL for (int r = 0; r < kKeys; ++r) {
-      ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) Put(s + r * kWidth, c, acc[r][c]);
-    }
-  }
-  static HWY_INLINE void LoadTile(Tile& acc, const float* s) {
-    ANNULUS_UNROLL for (int r = 0; r < kKeys; ++r) {
-      ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) acc[r][c] = At(s + r * kWidth, c);
-    }
-  }
-  static HWY_INLINE void Hide(Tile& acc, const std::uint32_t* bits) {
-    const V hidden = hn::Set(kF, -INFINITY);
-    ANNULUS_UNROLL for (int r = 0; r < kKeys; ++r) {
-      ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) {
-        acc[r][c] = hn::IfThenElse(LaneMask(bits[r] >> (c * kLanes)), acc[r][c], hidden);
-      }
-    }
-  }
-  // Natural units: scale, soft cap, bias.
-  HWY_NOINLINE void Transform(std::int64_t t, float* s) {
-    const V scale = hn::Set(kF, call_.rule.scale), cap = hn::Set(kF, call_.rule.cap);
-    const V inverse_cap = hn::Set(kF, 1 / call_.rule.cap);
-    for (int i = 0; i < kKeys * kVecs; ++i) {
-      V x = hn::Mul(At(s, i), scale);
-      if (call_.rule.cap > 0) x = hn::Mul(cap, Tanh(hn::Mul(x, inverse_cap)));
-      if (call_.rule.bias)
-        x = hn::Add(x, hn::LoadU(kF, work_.bias + t * kKeys * kWidth + i * kLanes));
-      Put(s, i, x);
-    }
-  }
-
   // Raises the reference of the lanes whose guard is topped. P of the open block (n keys, not
   // multiplied yet), its sum and the factor of O and l follow by a power of two: nothing is rounded
   // or computed again, other lanes multiply by 1.
@@ -343,10 +255,11 @@ class StripPass {
     ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) f[c] = At(z_.f, c);
     float* o = z_.o;
     if constexpr (A::kRoundsP) AddWeights(n / A::kPer);
+    if (HWY_UNLIKELY(call_.rule.dropout)) Drop(key, n);
     for (std::int64_t x = 0; x < sizes_.v_rows; x += kKeys, o += kKeys * kWidth) {
       Tile acc;
       Clear(acc);
-      Multiply<A>(acc, v + x * 4, sizes_.v_step_bytes(), scratch_.p, n / A::kPer);
+      Multiply<A>(acc, v + x * 4, sizes_.v_step_bytes(), scratch_.p, kWidth * 4, n / A::kPer);
       ANNULUS_UNROLL for (int r = 0; r < kKeys; ++r) {
         ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) {
           Put(o + r * kWidth, c, hn::MulAdd(f[c], At(o + r * kWidth, c), acc[r][c]));
@@ -372,6 +285,14 @@ class StripPass {
     }
     ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) Put(z_.w, c, hn::Add(sum[0][c], sum[1][c]));
   }
+  // Dropped pairs leave P after its sums were taken: they count in l and w.
+  HWY_NOINLINE void Drop(std::int64_t key, std::int64_t n) {
+    char* p = scratch_.p;
+    for (std::int64_t k = 0; k < n; k += A::kPer, p += kWidth * 4) {
+      const std::uint32_t* keep = work_.keep_bits + key + k;
+      for (int c = 0; c < kVecs; ++c) A::DropStored(p + c * kLanes * 4, keep, c * kLanes);
+    }
+  }
   HWY_INLINE void CloseBlock() {
     for (int c = 0; c < kVecs; ++c) {
       Put(z_.l, c, hn::MulAdd(At(z_.f, c), At(z_.l, c), At(z_.b, c)));
@@ -383,10 +304,15 @@ class StripPass {
   // A poisoned tile by itself: float32 p, each lane adds only the values it sees.
   HWY_NOINLINE void SelectingTile(std::int64_t t) {
     float* s = scratch_.s[0];
-    const std::uint32_t* bits = work_.lane_bits + t * kKeys;
+    std::uint32_t bits[kKeys];
+    for (int r = 0; r < kKeys; ++r) {
+      bits[r] = work_.tile_class[t] == kTilePartial ? work_.lane_bits[t * kKeys + r] : ~0U;
+      if (call_.rule.dropout) bits[r] &= work_.keep_bits[t * kKeys + r];
+    }
     Tile acc;
     Clear(acc);
-    Multiply<A>(acc, k_ + t * kKeys * sizes_.k_row_bytes(), kKeys * 4, z_.qt, sizes_.steps);
+    Multiply<A>(acc, k_ + t * kKeys * sizes_.k_row_bytes(), kKeys * 4, z_.qt, kWidth * 4,
+                sizes_.steps);
     alignas(64) float top[kWidth];
     if (Scores(acc, t, s, top)) Raise(top, 0);
     for (int c = 0; c < kVecs; ++c) {

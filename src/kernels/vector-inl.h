@@ -2,6 +2,13 @@
 // otherwise than attention needs. Compiled once per target; ANNULUS_PUSH_TARGET may add
 // instructions to Highway's.
 
+#if defined(ANNULUS_VECTOR_INL_H_) == defined(HWY_TARGET_TOGGLE)  // once per target
+#ifdef ANNULUS_VECTOR_INL_H_
+#undef ANNULUS_VECTOR_INL_H_
+#else
+#define ANNULUS_VECTOR_INL_H_
+#endif
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -72,6 +79,17 @@ HWY_INLINE hn::Mask<F> LaneMask(std::uint32_t bits) {
                            static_cast<std::uint8_t>(bits >> 16),
                            static_cast<std::uint8_t>(bits >> 24)};
   return hn::LoadMaskBits(kF, bytes);
+#endif
+}
+
+// Bit n is set iff lane n is true.
+HWY_INLINE std::uint32_t MaskBits(hn::Mask<F> mask) {
+#if HWY_TARGET <= HWY_AVX3
+  return mask.raw;
+#else
+  std::uint8_t bytes[8] = {};
+  hn::StoreMaskBits(kF, mask, bytes);
+  return bytes[0] & ((1U << kLanes) - 1);
 #endif
 }
 
@@ -253,6 +271,24 @@ struct Float32 {
     hn::Store(e0, kF, reinterpret_cast<float*>(p)),
         hn::Store(e1, kF, reinterpret_cast<float*>(p + key_bytes));
   }
+  // One key's row of a strip, and the same with the pairs that dropout drops taken out.
+  template <int kVectors>
+  static HWY_INLINE void StoreRow(const V (&e)[kVectors], char* row) {
+    ANNULUS_UNROLL for (int c = 0; c < kVectors; ++c) {
+      hn::Store(e[c], kF, reinterpret_cast<float*>(row) + c * kLanes);
+    }
+  }
+  // Takes dropped pairs out of what StorePair wrote: lanes from `lane` on of kPer keys.
+  static HWY_INLINE void DropStored(char* p, const std::uint32_t* keep, int lane) {
+    float* x = reinterpret_cast<float*>(p);
+    hn::Store(hn::IfThenElseZero(LaneMask(keep[0] >> lane), hn::Load(kF, x)), kF, x);
+  }
+  template <int kVectors>
+  static HWY_INLINE void DropRow(char* row, std::uint32_t keep) {
+    float* x = reinterpret_cast<float*>(row);
+    for (int c = 0; c < kVectors; ++c, x += kLanes)
+      hn::Store(hn::IfThenElseZero(LaneMask(keep >> (c * kLanes)), hn::Load(kF, x)), kF, x);
+  }
   static HWY_INLINE void ScaleStored(char* p, V factor) {
     float* x = reinterpret_cast<float*>(p);
     hn::Store(hn::Mul(factor, hn::Load(kF, x)), kF, x);
@@ -290,3 +326,4 @@ struct Float32 {
 }  // namespace HWY_NAMESPACE
 }  // namespace annulus
 ANNULUS_POP_TARGET
+#endif

@@ -1,4 +1,4 @@
-// The float32 kernels of every Highway target, one entry each. bfloat16 and float16 inputs are
+// The float32 forward of every Highway target, one entry each. bfloat16 and float16 inputs are
 // widened when packed.
 
 #include "kernels/dispatch.h"
@@ -11,27 +11,16 @@
 //
 #include "hwy/highway.h"
 #include "kernels/forward-inl.h"
+#undef ANNULUS_TARGET_NAME
+#include "kernels/vector_targets.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace annulus {
 namespace HWY_NAMESPACE {
 
-const ForwardKernel* Entry() {
-#if HWY_TARGET == HWY_AVX3
-  constexpr const char* kName = "avx512";
-#elif HWY_TARGET == HWY_AVX2
-  constexpr const char* kName = "avx2";
-#elif HWY_TARGET == HWY_SSE4
-  constexpr const char* kName = "sse4";
-#elif HWY_TARGET == HWY_SSSE3
-  constexpr const char* kName = "ssse3";
-#elif HWY_TARGET == HWY_EMU128 || HWY_TARGET == HWY_SCALAR
-  constexpr const char* kName = "scalar";
-#else
-  constexpr const char* kName = "simd";  // NEON, VSX, WASM
-#endif
-  static constexpr ForwardKernel kKernel =
-      MakeKernel<Float32>(kName, "float32 products, float32 accumulation", Element::kFloat32);
+const ForwardKernel* ForwardEntry() {
+  static constexpr ForwardKernel kKernel = MakeKernel<Float32>(
+      ANNULUS_TARGET_NAME, "float32 products, float32 accumulation", Element::kFloat32);
   return &kKernel;
 }
 
@@ -44,21 +33,7 @@ namespace annulus {
 
 const ForwardKernel* vector_forward(const std::string& target) {
   using Getter = const ForwardKernel* (*)();
-  static constexpr Getter kGetters[] = {
-    &HWY_NAMESPACE::Entry,  // of the last pass: the baseline
-#if (HWY_TARGETS & HWY_SSSE3) && HWY_STATIC_TARGET != HWY_SSSE3
-    &N_SSSE3::Entry,
-#endif
-#if (HWY_TARGETS & HWY_SSE4) && HWY_STATIC_TARGET != HWY_SSE4
-    &N_SSE4::Entry,
-#endif
-#if (HWY_TARGETS & HWY_AVX2) && HWY_STATIC_TARGET != HWY_AVX2
-    &N_AVX2::Entry,
-#endif
-#if (HWY_TARGETS & HWY_AVX3) && HWY_STATIC_TARGET != HWY_AVX3
-    &N_AVX3::Entry,
-#endif
-  };
+  static constexpr Getter kGetters[] = {ANNULUS_OF_EVERY_TARGET(ForwardEntry)};
   for (const Getter get : kGetters) {
     if (target == get()->target) return get();
   }
