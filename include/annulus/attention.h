@@ -81,6 +81,7 @@ struct CallSummary {
   std::int64_t pairs_computed = 0;
   std::int64_t bytes_sent = 0;     // K and V to the next rank, this rank
   std::int64_t steps_skipped = 0;  // ranks whose keys this rank does not see
+  bool queries_travelled = false;  // of a backward: what went round the ring
 };
 
 // out = attention(q, k, v).

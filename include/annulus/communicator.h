@@ -21,11 +21,19 @@ struct Parcel {
   std::shared_ptr<const void> keep_alive;
 };
 
+// Kinds of messages between two ranks; each keeps its order, and one may overtake another.
+enum class Channel : std::uint8_t {
+  kBlocks,     // what travels round the ring
+  kGradients,  // gradients of travelling blocks, from one rank that added to them to the next
+  kHome,       // complete gradients, back to the block's owner
+};
+
 // What a message says of itself; sender and receiver must agree in every field.
 struct Tag {
   std::int64_t call = 0;  // number of the call on this communicator
-  int step = 0;           // ring step in which the block is used
-  int owner = 0;          // rank whose keys these are
+  Channel channel = Channel::kBlocks;
+  int step = 0;   // ring step in which the block is used; gradients: place in the block's way
+  int owner = 0;  // rank whose block this is
   std::int64_t bytes = 0;
 };
 
@@ -38,8 +46,9 @@ class Communicator {
   // Hands a parcel to rank `to`; returns at once. A transport that lends passes the memory itself,
   // one that copies copies it.
   virtual void send(int to, const Tag& tag, Parcel parcel) = 0;
-  // Waits for the parcel that rank `from` sent with exactly this tag. Throws CommError:
-  // PeerMismatch naming both tags, PeerTimeout naming the rank everyone waits for.
+  // Waits for the next parcel of the tag's channel from rank `from`, which must have this tag.
+  // Throws CommError: PeerMismatch naming both tags, PeerTimeout naming the rank everyone waits
+  // for.
   virtual Parcel receive(int from, const Tag& tag) = 0;
   // Everybody's bytes, by rank. All ranks call it; also a barrier.
   virtual std::vector<Parcel> all_gather(std::vector<std::byte> mine) = 0;

@@ -65,7 +65,11 @@ std::vector<CallSummary> ring_attention_backward(int workers, const TensorView& 
 
 // Forward and backward in one call: delta comes from the float32 rows of out before they are
 // rounded. Global form; lse may be empty.
-std::vector<CallSummary> ring_attention_with_gradients(
+struct TrainingSummary {
+  CallSummary forward;
+  CallSummary backward;
+};
+std::vector<TrainingSummary> ring_attention_with_gradients(
     int workers, const TensorView& dout, const TensorView& q, const TensorView& k,
     const TensorView& v, const MutableTensorView& out, const MutableTensorView& lse,
     const Gradients& gradients, const RingOptions& options = {});

@@ -17,7 +17,7 @@ class Executor {
   [[nodiscard]] int threads() const { return threads_; }
   // Calls body(0) ... body(threads - 1), perhaps one after the other, and returns when all are
   // done. Bodies take their work from a shared counter, so any number of real threads is right. The
-  // first exception is rethrown. Bodies must not wait for each other.
+  // first exception is rethrown. A body may wait only for work that another body has already taken.
   void run(const std::function<void(int)>& body);
 
  private:

@@ -8,6 +8,7 @@
 #include <map>
 #include <mutex>
 #include <thread>
+#include <tuple>
 
 #include "annulus/communicator.h"
 #include "base/fail.h"
@@ -51,13 +52,13 @@ class World {
     if (!options_.lend) parcel = parcel_of({parcel.bytes.begin(), parcel.bytes.end()});
     const std::lock_guard lock(mutex_);
     throw_if_failed();
-    boxes_[{from, to}].push_back({tag, std::move(parcel)});
+    boxes_[{from, to, tag.channel}].push_back({tag, std::move(parcel)});
     moved_.notify_all();
   }
 
   Parcel receive(int rank, int from, const Tag& want) {
     std::unique_lock lock(mutex_);
-    auto& box = boxes_[{from, rank}];
+    auto& box = boxes_[{from, rank, want.channel}];
     wait(lock, rank, from, concat("step ", want.step), [&] { return !box.empty(); });
     Message message = std::move(box.front());
     box.pop_front();
@@ -188,7 +189,7 @@ class World {
   const WorkerOptions options_;
   std::mutex mutex_;
   std::condition_variable moved_;
-  std::map<std::pair<int, int>, std::deque<Message>> boxes_;
+  std::map<std::tuple<int, int, Channel>, std::deque<Message>> boxes_;
   Gathering gathering_;
   std::vector<bool> here_;
   std::vector<RankState> ranks_;

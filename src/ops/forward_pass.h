@@ -13,6 +13,7 @@
 #include "kernels/kernel_table.h"
 #include "ops/key_block.h"
 #include "ops/problem.h"
+#include "ops/query_side.h"
 
 namespace annulus {
 
@@ -39,13 +40,9 @@ ForwardLayout make_forward_layout(const ForwardKernel& kernel, const Problem& pr
                                   std::int64_t tokens, int threads, bool keep_states);
 
 struct Item {
-  std::int64_t batch = 0;
-  std::int64_t kv_head = 0;
+  Head head;
   std::int64_t strip_begin = 0;
   std::int64_t strip_end = 0;
-  std::int64_t token_begin =
-      0;  // indices into the rank's Rows; strips may share a token with their neighbours
-  std::int64_t token_end = 0;
   std::int64_t row_begin = 0;  // rows of the item, group-interleaved
   std::int64_t row_end = 0;
 };
@@ -55,15 +52,20 @@ std::vector<Item> make_items(const ForwardLayout& layout, const Problem& problem
 
 // Visible pairs of each item with the keys, by the mask alone.
 std::vector<std::int64_t> count_item_pairs(const Problem& problem, const std::vector<Item>& items,
-                                           const Rows& q_rows,
-                                           const std::vector<std::int32_t>& q_segments,
-                                           const KeyBlock& keys);
+                                           const TokenSide& queries, const KeyBlock& keys);
+
+// What the backward wants to know of a call's rows: delta[batch][row][head] of the tensors at hand,
+// made of out before it is rounded.
+struct RowDeltas {
+  TensorView dout;
+  MutableTensorView delta;  // float32 [batch, rows, num_heads, 1]; empty: nobody asks
+};
 
 class ForwardPass {
  public:
   // `tick` is called after every item and may throw to stop the call.
-  ForwardPass(const ForwardKernel& kernel, const Problem& problem, const Rows& rows,
-              std::vector<std::int32_t> segments, Executor& executor, bool keep_states,
+  ForwardPass(const ForwardKernel& kernel, DropoutBits dropout, QuerySide queries,
+              Executor& executor, bool keep_states, const RowDeltas& deltas,
               std::function<void()> tick);
 
   [[nodiscard]] const std::vector<Item>& items() const { return items_; }
@@ -75,27 +77,23 @@ class ForwardPass {
 
  private:
   struct ThreadMemory;
-  struct ItemView;  // an item with the boxes of its strips
   struct Panel;
-  class StripTiles;
 
-  [[nodiscard]] ItemView view_of(const Item& item) const;
-  [[nodiscard]] TileBox box_of(const Item& item, std::int64_t row_begin,
-                               std::int64_t row_end) const;
-  [[nodiscard]] std::vector<Panel> needed_panels(const ItemView& item, const KeyBlock& keys) const;
-  [[nodiscard]] Lanes lanes_of(const Item& item, std::int64_t strip) const;
+  [[nodiscard]] std::vector<Panel> needed_panels(const Item& item, const KeyBlock& keys) const;
   std::int64_t run_item(const Item& item, const KeyBlock& keys, std::byte* states,
                         const ThreadMemory& memory) const;
-  void gather_bias(const Item& item, const Lanes& lanes, const KeyBlock& keys, const Panel& panel,
-                   const std::uint8_t* tile_class, float* bias) const;
+  // Classes, bits and terms of a strip and a panel; false if nothing is visible.
+  bool prepare(const Item& item, std::int64_t strip, const KeyBlock& keys, const Panel& panel,
+               const ThreadMemory& memory, StripWork& work, std::int64_t& pairs) const;
   void start_item(const Item& item, std::byte* states) const;
   void finish_item(const Item& item, const std::byte* states, const ThreadMemory& memory) const;
 
   const ForwardKernel& kernel_;
+  const DropoutBits dropout_;
+  const QuerySide queries_;
   const Problem& problem_;
-  const Rows& rows_;
-  const std::vector<std::int32_t> segments_;  // [batch][token]
   Executor& executor_;
+  const RowDeltas deltas_;
   const std::function<void()> tick_;
   const ForwardLayout layout_;
   const std::vector<Item> items_;

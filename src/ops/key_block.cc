@@ -26,12 +26,11 @@ SegmentRange KeyBlock::segment_range(std::int64_t batch, std::int64_t begin,
   return range;
 }
 
-KeyBlock describe_keys(const ForwardKernel& kernel, const Problem& problem, Rows rows,
-                       std::vector<std::int32_t> segments) {
+KeyBlock describe_keys(std::int64_t tile_keys, std::int64_t head_bytes, const Problem& problem,
+                       Rows rows, std::vector<std::int32_t> segments) {
   KeyBlock block;
   block.rows = std::move(rows), block.segments = std::move(segments);
-  block.tile_keys = kernel.tile_keys;
-  block.head_bytes = kernel.packed_bytes(problem.dims, block.num_keys());
+  block.tile_keys = tile_keys, block.head_bytes = head_bytes;
   if (block.segments.empty()) return block;
   for (std::int64_t b = 0; b < problem.batch; ++b) {
     const std::span<const std::int32_t> ids = block.segments_of_row(b);
@@ -61,18 +60,11 @@ std::vector<std::int32_t> segments_of(const Problem& problem, const TensorView& 
   return segments;
 }
 
-std::int64_t packed_block_bytes(const ForwardKernel& kernel, const Problem& problem,
-                                std::int64_t num_keys) {
-  return problem.batch * problem.num_kv_heads * kernel.packed_bytes(problem.dims, num_keys);
-}
-
-Parcel pack_keys(const ForwardKernel& kernel, const Problem& problem, const Rows& rows,
+Parcel pack_keys(const KeyPacking& packing, const Problem& problem, const Rows& rows,
                  Executor& executor) {
-  const std::int64_t keys = rows.size(), heads = problem.batch * problem.num_kv_heads;
-  const std::int64_t head_bytes = kernel.packed_bytes(problem.dims, keys);
-  const auto buffer = std::make_shared<AlignedBuffer>(heads * head_bytes);
-  const std::int64_t piece = kernel.blocking(problem.dims).panel_keys,
-                     pieces = ceil_div(keys, piece);
+  const std::int64_t keys = rows.size(), heads = problem.kv_heads(), bytes = packing.head_bytes;
+  const auto buffer = std::make_shared<AlignedBuffer>(heads * bytes);
+  const std::int64_t piece = packing.piece_keys, pieces = ceil_div(keys, piece);
   const auto source = [&](const TensorView& t, std::int64_t b, std::int64_t h) {
     const std::int64_t size = size_bytes(t.dtype);
     return RowSource{t.at(b, 0, h, 0), rows.row.data(), t.strides[1] * size, t.strides[3] * size,
@@ -83,12 +75,11 @@ Parcel pack_keys(const ForwardKernel& kernel, const Problem& problem, const Rows
     for (std::int64_t i = next++; i < heads * pieces; i = next++) {
       const std::int64_t head = i / pieces, begin = i % pieces * piece;
       const std::int64_t b = head / problem.num_kv_heads, h = head % problem.num_kv_heads;
-      kernel.pack(buffer->data() + head * head_bytes, source(problem.k, b, h),
-                  source(problem.v, b, h), problem.dims, keys, begin,
-                  std::min(keys, begin + piece));
+      packing.pack(buffer->data() + head * bytes, source(problem.k, b, h), source(problem.v, b, h),
+                   problem.dims, keys, begin, std::min(keys, begin + piece));
     }
   });
-  return {std::span<const std::byte>(buffer->data(), static_cast<std::size_t>(heads * head_bytes)),
+  return {std::span<const std::byte>(buffer->data(), static_cast<std::size_t>(heads * bytes)),
           buffer};
 }
 

@@ -33,18 +33,22 @@ struct KeyBlock {
 };
 
 // Everything but the packed keys; segments as a dense [batch][key] in the order of rows.
-KeyBlock describe_keys(const ForwardKernel& kernel, const Problem& problem, Rows rows,
-                       std::vector<std::int32_t> segments);
+KeyBlock describe_keys(std::int64_t tile_keys, std::int64_t head_bytes, const Problem& problem,
+                       Rows rows, std::vector<std::int32_t> segments);
 
 // Segment ids [batch][row] of some rows of a view, in their order; empty without segment ids.
 std::vector<std::int32_t> segments_of(const Problem& problem, const TensorView& ids,
                                       const Rows& rows);
 
-std::int64_t packed_block_bytes(const ForwardKernel& kernel, const Problem& problem,
-                                std::int64_t num_keys);
-
-// Packs the problem's k and v on the executor's threads.
-Parcel pack_keys(const ForwardKernel& kernel, const Problem& problem, const Rows& rows,
+// How a kernel packs one head of keys.
+struct KeyPacking {
+  std::int64_t head_bytes;
+  std::int64_t piece_keys;  // packed at once
+  void (*pack)(void* packed, const RowSource& k, const RowSource& v, Dims dims,
+               std::int64_t num_keys, std::int64_t key_begin, std::int64_t key_end);
+};
+// Packs the problem's k and v on the executor's threads: [batch][num_kv_heads][head_bytes].
+Parcel pack_keys(const KeyPacking& packing, const Problem& problem, const Rows& rows,
                  Executor& executor);
 
 }  // namespace annulus

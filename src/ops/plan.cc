@@ -6,9 +6,14 @@
 #include "base/fail.h"
 #include "kernels/dispatch.h"
 #include "ops/rank.h"
+#include "ops/ring_call.h"
 
 namespace annulus {
 namespace {
+
+std::int64_t block_bytes(const ForwardKernel& kernel, const Problem& problem, std::int64_t keys) {
+  return problem.kv_heads() * kernel.packed_bytes(problem.dims, keys);
+}
 
 // What one rank allocates at its peak; see RingRank and ForwardPass.
 std::int64_t rank_bytes(const ForwardKernel& kernel, const Problem& problem, const Plan& plan,
@@ -22,7 +27,7 @@ std::int64_t rank_bytes(const ForwardKernel& kernel, const Problem& problem, con
     for (const Visit& visit : step) {
       const std::int64_t keys = plan.kv_rows[static_cast<std::size_t>(visit.owner)];
       widest = std::max(widest, keys);
-      if (visit.from >= 0 && !lend) received += packed_block_bytes(kernel, problem, keys);
+      if (visit.from >= 0 && !lend) received += block_bytes(kernel, problem, keys);
     }
     copied = std::max(copied,
                       received + at_hand);  // the block in use and the one that arrives meanwhile
@@ -30,8 +35,7 @@ std::int64_t rank_bytes(const ForwardKernel& kernel, const Problem& problem, con
   }
   const bool segments = problem.visibility.rules().segments;
   const std::int64_t per_key = 16 + (segments ? 4 * problem.batch : 0);
-  std::int64_t bytes =
-      packed_block_bytes(kernel, problem, plan.kv_rows[r]) + copied + layout.state_bytes;
+  std::int64_t bytes = block_bytes(kernel, problem, plan.kv_rows[r]) + copied + layout.state_bytes;
   bytes += layout.items > 0 ? layout.thread_bytes * plan.threads_per_worker : 0;
   bytes += plan.q_rows[r] * per_key + 2 * widest * per_key;
   for (const auto& items : costs.item_pairs) bytes += static_cast<std::int64_t>(items.size()) * 8;
@@ -47,7 +51,7 @@ void add_steps(Plan& plan, const ForwardKernel& kernel, const Problem& problem, 
       planned.send_to = visit.to;
       planned.pairs = visit.compute ? costs.pairs[static_cast<std::size_t>(visit.owner)] : 0;
       if (visit.to >= 0)
-        planned.bytes = packed_block_bytes(kernel, problem,
+        planned.bytes = block_bytes(kernel, problem,
                                            plan.kv_rows[static_cast<std::size_t>(visit.owner)]);
       plan.bytes_sent_per_rank[static_cast<std::size_t>(rank)] += planned.bytes;
       plan.steps.push_back(planned);
@@ -75,19 +79,13 @@ inline namespace v1 {
 
 Plan explain(int workers, const TensorView& q, const TensorView& k, const TensorView& v,
              DType out_dtype, const RingOptions& options) {
-  if (workers < 1) fail("explain", "workers is ", workers, ", expected at least 1");
   const std::array<std::int64_t, 4> out_shape{q.shape[0], q.shape[1], q.shape[2], v.shape[3]};
   const MutableTensorView out{nullptr, out_dtype, out_shape, row_major_strides(out_shape)};
-  const std::int64_t q_len = q.shape[1], kv_len = k.shape[1];
-  const Problem problem =
-      make_problem("explain", {q, k, v, out, {}}, options.attention, q_len, kv_len, false);
-  const Partition& kv_partition = options.kv_partition ? *options.kv_partition : options.partition;
-  options.partition.check(workers, q_len);
-  kv_partition.check(workers, kv_len);
-  const Deal deal{
-      workers, &options.partition, &kv_partition, q_len, kv_len, true, [&](int, const Rows& rows) {
-        return segments_of(problem, problem.kv_segment_ids, rows);
-      }};
+  const auto call =
+      global_call("explain", workers, {.q = q, .k = k, .v = v, .out = out}, options, false);
+  const Problem& problem = call->problem;
+  const Deal& deal = call->deal;
+  const std::int64_t q_len = problem.q_len, kv_len = problem.kv_len;
   const ForwardKernel& kernel = choose_forward(q.dtype, options.attention.isa);
   const Blocking blocking = kernel.blocking(problem.dims);
 
@@ -97,7 +95,7 @@ Plan explain(int workers, const TensorView& q, const TensorView& k, const Tensor
   plan.bf16_probabilities = kernel.compute == Element::kBFloat16;
   plan.workers = workers, plan.threads_per_worker = threads_of(options.attention, workers);
   plan.partition = options.partition.name();
-  if (options.kv_partition) plan.partition += concat(", keys ", kv_partition.name());
+  if (options.kv_partition) plan.partition += concat(", keys ", options.kv_partition->name());
   plan.strip_rows = kernel.strip_rows, plan.tile_keys = kernel.tile_keys;
   plan.panel_keys = blocking.panel_keys, plan.item_rows = blocking.item_rows;
   plan.pairs_total = problem.batch * problem.num_heads * q_len * kv_len;
@@ -106,8 +104,8 @@ Plan explain(int workers, const TensorView& q, const TensorView& k, const Tensor
   std::vector<RankCosts> costs;
   std::vector<std::vector<bool>> needs;
   for (int rank = 0; rank < workers; ++rank) {
-    plan.q_rows.push_back(options.partition.local_len(rank, workers, q_len));
-    plan.kv_rows.push_back(kv_partition.local_len(rank, workers, kv_len));
+    plan.q_rows.push_back(deal.q_partition->local_len(rank, workers, q_len));
+    plan.kv_rows.push_back(deal.kv_partition->local_len(rank, workers, kv_len));
     costs.push_back(rank_costs(kernel, problem, deal, rank, plan.threads_per_worker));
     plan.pairs_visible += costs.back().total();
     needs.emplace_back();

@@ -79,28 +79,33 @@ Extent extent_of(const TensorView& t) {
           base + static_cast<std::uintptr_t>((high + 1) * size)};
 }
 
+struct NamedView {
+  const char* name;
+  TensorView view;
+};
+
 void check_outputs(const Checker& check, const Problem& p) {
-  const TensorView out = p.out, lse = p.lse;
-  for (const auto& [name_of, t] :
-       {std::pair<const char*, const TensorView&>{"out", out}, {"lse", lse}}) {
+  const Gradients& g = p.gradients;
+  const std::vector<NamedView> outputs{{"out", p.out},    {"lse", p.lse},
+                                       {"dq", g.dq},      {"dk", g.dk},
+                                       {"dv", g.dv},      {"dsoftmax_aux", g.dsoftmax_aux},
+                                       {"dbias", g.dbias}};
+  const std::vector<NamedView> inputs{{"q", p.q},          {"k", p.k},       {"v", p.v},
+                                      {"bias", p.bias},    {"dout", p.dout}, {"out", p.given_out},
+                                      {"lse", p.given_lse}};
+  const auto apart = [&](const NamedView& a, const NamedView& b) {
+    const Extent x = extent_of(a.view), y = extent_of(b.view);
+    check.require(x.first == x.last || y.first == y.last || x.last <= y.first || y.last <= x.first,
+                  a.name, " overlaps ", b.name, " in memory: pass separate tensors");
+  };
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    const TensorView& t = outputs[i].view;
     for (std::size_t axis = 0; axis < 4; ++axis) {
-      check.require(t.shape[axis] <= 1 || t.strides[axis] != 0 || elements(t) == 0, name_of,
+      check.require(t.shape[axis] <= 1 || t.strides[axis] != 0 || elements(t) == 0, outputs[i].name,
                     " has stride 0 on axis ", axis, ": rows would overwrite each other");
     }
-  }
-  const auto apart = [&](const char* a_name, const TensorView& a, const char* b_name,
-                         const TensorView& b) {
-    const Extent x = extent_of(a), y = extent_of(b);
-    check.require(x.first == x.last || y.first == y.last || x.last <= y.first || y.last <= x.first,
-                  a_name, " overlaps ", b_name, " in memory: pass separate tensors");
-  };
-  apart("out", out, "lse", lse);
-  for (const auto& [name_of, t] : {std::pair<const char*, const TensorView&>{"q", p.q},
-                                   {"k", p.k},
-                                   {"v", p.v},
-                                   {"bias", p.bias}}) {
-    apart("out", out, name_of, t);
-    apart("lse", lse, name_of, t);
+    for (std::size_t j = i + 1; j < outputs.size(); ++j) apart(outputs[i], outputs[j]);
+    for (const NamedView& input : inputs) apart(outputs[i], input);
   }
 }
 
@@ -121,11 +126,43 @@ void check_tensors(const Checker& check, Problem& p) {
                   p.num_heads, ") is not a multiple of num_kv_heads (", p.num_kv_heads, ")");
     p.group = p.num_heads / p.num_kv_heads;
   }
-  check.dtype("out", p.out.dtype, {p.q.dtype, DType::kFloat32});
-  check.tensor("out", p.out, {p.batch, rows, p.num_heads, p.dims.v_head_dim});
-  if (p.lse) {
-    check.dtype("lse", p.lse.dtype, {DType::kFloat32});
-    check.tensor("lse", p.lse, {p.batch, rows, p.num_heads, 1});
+}
+
+void check_rows(const Checker& check, const Problem& p, const CallTensors& tensors) {
+  const std::int64_t rows = p.q.shape[1];
+  const auto out_like = [&](const char* what, const TensorView& t) {
+    check.dtype(what, t.dtype, {p.q.dtype, DType::kFloat32});
+    check.tensor(what, t, {p.batch, rows, p.num_heads, p.dims.v_head_dim});
+  };
+  const auto lse_like = [&](const TensorView& t) {
+    check.dtype("lse", t.dtype, {DType::kFloat32});
+    check.tensor("lse", t, {p.batch, rows, p.num_heads, 1});
+  };
+  if (tensors.backward_alone()) {
+    out_like("out", p.given_out), lse_like(p.given_lse);
+  } else {
+    out_like("out", p.out);
+    if (p.lse) lse_like(p.lse);
+  }
+  if (tensors.backward) out_like("dout", p.dout);
+}
+
+// Each gradient is like its primal.
+void check_gradients(const Checker& check, const Problem& p, const AttentionOptions& options) {
+  const Gradients& g = p.gradients;
+  const auto like = [&](const char* what, const TensorView& t, const TensorView& primal) {
+    check.dtype(what, t.dtype, {primal.dtype, DType::kFloat32});
+    check.tensor(what, t, primal.shape);
+  };
+  like("dq", g.dq, p.q), like("dk", g.dk, p.k), like("dv", g.dv, p.v);
+  if (g.dsoftmax_aux) {
+    check.require(static_cast<bool>(options.softmax_aux),
+                  "dsoftmax_aux is asked for without softmax_aux");
+    like("dsoftmax_aux", g.dsoftmax_aux, options.softmax_aux);
+  }
+  if (g.dbias) {
+    check.require(static_cast<bool>(options.bias), "dbias is asked for without bias");
+    like("dbias", g.dbias, options.bias);
   }
 }
 
@@ -230,8 +267,11 @@ Problem make_problem(const std::string& operation, const CallTensors& tensors,
   const Checker check(operation, writes);
   Problem p;
   p.q = tensors.q, p.k = tensors.k, p.v = tensors.v, p.out = tensors.out, p.lse = tensors.lse;
+  p.given_out = tensors.given_out, p.given_lse = tensors.given_lse;
+  p.dout = tensors.dout, p.gradients = tensors.gradients;
   p.q_len = q_len, p.kv_len = kv_len;
   check_tensors(check, p);
+  check_rows(check, p, tensors);
   set_visibility(check, p, options);
   const double scale =
       options.softmax_scale.value_or(1 / std::sqrt(static_cast<double>(p.dims.head_dim)));
@@ -240,14 +280,21 @@ Problem make_problem(const std::string& operation, const CallTensors& tensors,
                 "logits_soft_cap is ", options.logits_soft_cap,
                 ", expected a positive number, or 0 for none");
   check.require(options.threads >= 0, "threads is ", options.threads, ", expected at least 0");
+  check.require(options.dropout_prob >= 0 && options.dropout_prob < 1, "dropout_prob is ",
+                options.dropout_prob, ", expected at least 0 and below 1");
   p.rule = {static_cast<float>(scale), static_cast<float>(options.logits_soft_cap),
-            static_cast<bool>(options.bias)};
+            static_cast<bool>(options.bias), static_cast<float>(1 / (1 - options.dropout_prob)),
+            options.dropout_prob > 0};
+  p.dropout = {options.dropout_seed,
+               static_cast<std::uint64_t>(std::ceil(options.dropout_prob * 0x1p32))};
   if (options.bias) {
     p.bias = options.bias;
     check.dtype("bias", p.bias.dtype, {DType::kFloat32, p.q.dtype});
     check.broadcast("bias", p.bias, p.batch, p.num_heads, p.q.shape[1], kv_len);
   }
+  p.softmax_aux = options.softmax_aux;
   p.sinks = head_sinks(check, p, options.softmax_aux);
+  if (tensors.backward) check_gradients(check, p, options);
   if (writes) check_outputs(check, p);
   return p;
 }
@@ -275,6 +322,7 @@ std::vector<std::string> signature(const Problem& p, const AttentionOptions& o) 
   add("head_dim", p.dims.head_dim), add("v_head_dim", p.dims.v_head_dim),
       add("dtype", name(p.q.dtype));
   add("softmax_scale", p.rule.scale), add("logits_soft_cap", p.rule.cap), add("bias", p.rule.bias);
+  add("dropout_prob", o.dropout_prob), add("dropout_seed", o.dropout_prob > 0 ? o.dropout_seed : 0);
   add("mask", describe_mask(p)), add("softmax_aux", static_cast<bool>(o.softmax_aux));
   add("padding_segment_id", o.padding_segment_id ? std::to_string(*o.padding_segment_id) : "none");
   return fields;

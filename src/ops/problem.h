@@ -13,8 +13,16 @@
 namespace annulus {
 
 struct Problem {
+  struct Dropout {
+    std::uint64_t seed = 0;
+    std::uint64_t threshold = 0;  // dropped iff the word is below
+  };
+
   TensorView q, k, v;
-  MutableTensorView out, lse;  // lse may be empty
+  MutableTensorView out, lse;       // of a forward; lse may be empty
+  TensorView given_out, given_lse;  // of a backward alone
+  TensorView dout;
+  Gradients gradients;
   std::int64_t batch = 0;
   std::int64_t num_heads = 0;
   std::int64_t num_kv_heads = 0;
@@ -25,16 +33,28 @@ struct Problem {
   Visibility visibility;
   TensorView q_segment_ids, kv_segment_ids;  // both or none
   ScoreRule rule{};
+  Dropout dropout;
   TensorView bias;
+  TensorView softmax_aux;
   std::vector<float> sinks;  // [num_heads] logsumexp of the head's sinks, -inf without
 
   [[nodiscard]] bool empty() const { return batch == 0 || num_heads == 0; }
+  [[nodiscard]] std::int64_t kv_heads() const { return batch * num_kv_heads; }
 };
 
-// What a call reads and writes; lse may be empty.
+// What a call reads and writes.
 struct CallTensors {
   TensorView q, k, v;
-  MutableTensorView out, lse;
+  // A forward writes out, and lse if wanted.
+  bool forward = true;
+  MutableTensorView out{}, lse{};
+  // A backward reads dout and, alone, what a forward wrote before.
+  bool backward = false;
+  TensorView dout{};
+  TensorView given_out{}, given_lse{};
+  Gradients gradients{};
+
+  [[nodiscard]] bool backward_alone() const { return backward && !forward; }
 };
 
 // Throws InvalidArgument naming `operation`. q_len and kv_len are global lengths; the tensors' own

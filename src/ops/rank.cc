@@ -41,16 +41,17 @@ std::int64_t RankCosts::total() const {
 RankCosts rank_costs(const ForwardKernel& kernel, const Problem& problem, const Deal& deal,
                      int rank, int threads) {
   const Rows rows = deal.q_rows(rank);
-  const std::vector<std::int32_t> segments = segments_of(problem, problem.q_segment_ids, rows);
+  const std::vector<std::int32_t> segments = deal.q_segments(rank, rows);
   const std::vector<Item> items = make_items(
       make_forward_layout(kernel, problem, rows.size(), threads, false), problem, kernel);
   RankCosts costs;
   for (int owner = 0; owner < deal.world_size; ++owner) {
     Rows keys = deal.kv_rows(owner);
     std::vector<std::int32_t> ids = deal.kv_segments(owner, keys);
-    costs.item_pairs.push_back(
-        count_item_pairs(problem, items, rows, segments,
-                         describe_keys(kernel, problem, std::move(keys), std::move(ids))));
+    const std::int64_t head_bytes = kernel.packed_bytes(problem.dims, keys.size());
+    const KeyBlock block = describe_keys(kernel.tile_keys, head_bytes, problem, std::move(keys),
+                                         std::move(ids));
+    costs.item_pairs.push_back(count_item_pairs(problem, items, {&rows, segments}, block));
     costs.pairs.push_back(std::accumulate(costs.item_pairs.back().begin(),
                                           costs.item_pairs.back().end(), std::int64_t{0}));
   }

@@ -22,7 +22,8 @@ struct Deal {
   std::int64_t q_len = 0;
   std::int64_t kv_len = 0;
   bool whole_tensors = true;  // rows of the tensors are positions; false: rows of a shard
-  // Segment ids [batch][key] of a rank's keys in the order of its Rows.
+  // Segment ids [batch][token] of a rank's queries and keys in the order of its Rows.
+  std::function<std::vector<std::int32_t>(int rank, const Rows& rows)> q_segments;
   std::function<std::vector<std::int32_t>(int rank, const Rows& rows)> kv_segments;
 
   [[nodiscard]] Rows q_rows(int rank) const;
