@@ -251,7 +251,7 @@ class PanelPass {
       const auto place = static_cast<std::uint8_t>(i);
       const bool partial = tile_class == kTilePartial;
       if (partial) block.prepared |= 1U << (block.live / sizes_.group);
-      if (partial && not_finite[i] != 0) {
+      if (not_finite[i] != 0 && (partial || rule_.score.dropout)) {
         block.selected[block.num_selected++] = place;
       } else {
         block.step[block.steps++] = place;
@@ -353,12 +353,13 @@ class PanelPass {
 
   // P of the block is final; everything before it is in O or in the C tiles.
   void close_block(const Block& block) {
+    if (__builtin_expect(rule_.score.dropout, 0)) drop(block, p_[p_now_]);
     const bool raised = block.strip.head->raised != 0;
     if (__builtin_expect(raised || block.num_selected > 0, 0)) {
       put_away();
       if (raised) rescale(block.strip, sizes_);
       for (int i = 0; i < block.num_selected; ++i) {
-        add_selected(block, block.selected[i], p_[p_now_], sizes_);
+        add_selected(block, block.selected[i], p_[p_now_], rule_, sizes_);
       }
     }
     add_block_sums(block.strip);

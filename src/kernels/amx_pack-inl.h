@@ -302,7 +302,8 @@ void finish(const void* memory, const float* sinks, float keep_scale, float* out
   const Sizes sizes(dims);
   const Strip strip(memory, sizes);
   alignas(64) float factor[kStripRows];
-  for (int n = 0; n < kStripRows; ++n) factor[n] = normalise(*strip.head, n, sinks[n], lse[n]) * keep_scale;
+  for (int n = 0; n < kStripRows; ++n)
+    factor[n] = normalise(*strip.head, n, sinks[n], lse[n]) * keep_scale;
   for (std::int64_t x = 0; x < dims.v_head_dim; x += 16) {
     const std::int64_t left = dims.v_head_dim - x;
     const auto have = static_cast<__mmask16>(left >= 16 ? 0xffffU : (1U << left) - 1);

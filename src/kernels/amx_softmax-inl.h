@@ -345,11 +345,33 @@ inline float bf16_value(Bf16 x) {
   return __builtin_bit_cast(float, static_cast<std::uint32_t>(x) << 16);
 }
 
-// O += V^T P^T for a tile that some lanes see only in part and that holds a value that is not
-// finite: each lane adds what it sees, since 0 * NaN would reach the others.
-[[gnu::noinline]] void add_selected(const Block& block, int place, const Bf16* p,
+// Dropped pairs leave P of the block after its sums were taken: they count in l and w.
+[[gnu::noinline]] void drop(const Block& block, Bf16* p) {
+  for (int i = 0; i < block.steps; ++i) {
+    const std::uint32_t* keep = block.work->keep_bits + (block.first + block.step[i]) * kTileKeys;
+    Bf16* at = p + block.step[i] * kSquare;
+    for (int j = 0; j < 32; ++j, at += 32) {
+      const int key = j % 16 * 2, lane = j / 16 * kLanes;
+      const __m512i pair = _mm512_load_si512(at);
+      const __m512i even = _mm512_maskz_mov_epi32(static_cast<__mmask16>(keep[key] >> lane), pair);
+      const __m512i odd =
+          _mm512_maskz_mov_epi32(static_cast<__mmask16>(keep[key + 1] >> lane), pair);
+      _mm512_store_si512(at, _mm512_mask_blend_epi16(0xAAAAAAAAU, even, odd));
+    }
+  }
+}
+
+// O += V^T P^T for a tile of which a lane may miss some keys and that holds a value that is not
+// finite: each lane adds what it sees and keeps, since 0 * NaN would reach the others.
+[[gnu::noinline]] void add_selected(const Block& block, int place, const Bf16* p, const Rule& rule,
                                     const Sizes& sizes) {
-  const std::uint32_t* bits = block.work->lane_bits + (block.first + place) * kTileKeys;
+  const std::int64_t tile = block.first + place;
+  std::uint32_t bits[kTileKeys];
+  for (int key = 0; key < kTileKeys; ++key) {
+    const std::int64_t at = tile * kTileKeys + key;
+    bits[key] = block.work->tile_class[tile] == kTilePartial ? block.work->lane_bits[at] : ~0U;
+    if (rule.score.dropout) bits[key] &= block.work->keep_bits[at];
+  }
   p += place * kSquare;
   for (std::int64_t row = 0; row < sizes.v_units * 32; ++row) {
     const Bf16* v = block.v + (row / 32 * sizes.block + place) * kSquare + row % 32 * 32;

@@ -402,7 +402,8 @@ TEST_P(AmxKernel, SoftCapAndBias) {
       for (const float scale : {0.1F, 4.0F, -0.2F}) {
         SCOPED_TRACE(testing::Message() << d.head_dim << " kind " << kind << " scale " << scale);
         Problem p = normal_problem(d, 700, 90);
-        p.rule = {scale, (kind & 1) != 0 ? 20.0F : 0, (kind & 2) != 0};
+        p.rule.scale = scale, p.rule.cap = (kind & 1) != 0 ? 20.0F : 0;
+        p.rule.bias = (kind & 2) != 0;
         mask_random(p, 3);
         std::mt19937 gen(1);
         std::normal_distribution<float> normal(0, 5);
@@ -414,6 +415,57 @@ TEST_P(AmxKernel, SoftCapAndBias) {
         }
         check(p);
       }
+    }
+  }
+}
+
+void drop_pairs(Problem& p, double probability, unsigned seed) {
+  std::mt19937 gen(seed);
+  std::bernoulli_distribution keep(1 - probability);
+  p.rule.dropout = true, p.rule.keep_scale = static_cast<float>(1 / (1 - probability));
+  p.kept.resize(p.rows * p.keys);
+  std::generate(p.kept.begin(), p.kept.end(), [&] { return keep(gen); });
+}
+
+// Dropped pairs count in lse and in the sum that divides, not in out. References are raised, too,
+// while P waits.
+TEST_P(AmxKernel, Dropout) {
+  for (const Dims d : kMaskDims) {
+    for (const double probability : {0.0, 0.1, 0.7}) {
+      for (unsigned seed = 0; seed < 3; ++seed) {
+        SCOPED_TRACE(testing::Message()
+                     << d.head_dim << " probability " << probability << " seed " << seed);
+        Problem p = normal_problem(d, seed == 0 ? 33 : 1100, 90, seed);
+        if (seed > 0) mask_random(p, seed);
+        const Result whole = check(p);
+        drop_pairs(p, probability, seed);
+        const Result got = check(p);
+        EXPECT_EQ(got.lse, whole.lse);
+        if (probability == 0) {
+          EXPECT_EQ(got.out, whole.out);
+        }
+        Problem growing = score_problem(
+            1100, [](std::int64_t j) { return 0.5F * j; }, 64);
+        drop_pairs(growing, probability, seed);
+        check(growing);
+      }
+    }
+  }
+}
+
+// What is hidden or dropped reaches nobody, also from tiles that are seen whole.
+TEST_P(AmxKernel, DroppedNanAndInfReachNobody) {
+  for (const Dims d : {Dims{64, 64}, Dims{128, 128}, Dims{80, 40}}) {
+    for (const bool masked : {false, true}) {
+      Problem p = normal_problem(d, 700, 64);
+      if (masked) mask_random(p, 2);
+      drop_pairs(p, 0.3, 4);
+      for (const std::int64_t key : {0, 77, 390, 391, 699}) {
+        p.v[key * d.v_head_dim + key % d.v_head_dim] = key % 2 == 0 ? kNan : kInf;
+        for (std::int64_t i = 0; i < p.rows; ++i) p.kept[i * p.keys + key] = i % 16 == 7;
+      }
+      const Result got = check(p);
+      EXPECT_TRUE(std::isfinite(got.out[0]));
     }
   }
 }

@@ -69,9 +69,10 @@ class Memory {
 struct Problem {
   Dims dims{64, 64};
   std::int64_t keys = 100, rows = 32;  // rows: of queries; strips are filled up
-  ScoreRule rule{0.125F, 0, false};
+  ScoreRule rule{.scale = 0.125F, .cap = 0, .bias = false, .keep_scale = 1, .dropout = false};
   std::vector<float> q, k, v, bias, sinks;  // [rows][head_dim], ..., [rows][keys], [rows]
   std::vector<char> visible;                // [rows][keys]
+  std::vector<char> kept;                   // likewise, with dropout
   Element element = Element::kBFloat16;
   std::int64_t dim_step = 1;
   bool all_partial = false;      // give full tiles as partial ones too
@@ -79,6 +80,9 @@ struct Problem {
 
   std::int64_t strips() const { return (rows + 31) / 32; }
   bool sees(std::int64_t row, std::int64_t key) const { return visible[row * keys + key] != 0; }
+  bool keeps(std::int64_t row, std::int64_t key) const {
+    return !rule.dropout || kept[row * keys + key] != 0;
+  }
 };
 
 inline Problem normal_problem(Dims dims, std::int64_t keys, std::int64_t rows, unsigned seed = 1) {
@@ -148,12 +152,13 @@ struct Tensor {
 // What an operation would give the kernel for one strip.
 struct StripInput {
   std::vector<std::uint8_t> tile_class;
-  std::vector<std::uint32_t> lane_bits;
+  std::vector<std::uint32_t> lane_bits, keep_bits;
   std::vector<float> bias;
 
   StripInput(const Problem& p, std::int64_t strip) {
     const std::int64_t tiles = (p.keys + 31) / 32;
     tile_class.resize(tiles), lane_bits.resize(tiles * 32), bias.assign(tiles * 32 * 32, kNan);
+    keep_bits.resize(tiles * 32);
     for (std::int64_t tile = 0; tile < tiles; ++tile) {
       std::uint32_t any = 0, all = ~0U;
       for (std::int64_t key = tile * 32; key < tile * 32 + 32; ++key) {
@@ -161,6 +166,8 @@ struct StripInput {
           const std::int64_t row = strip * 32 + n;
           const bool sees = key < p.keys && row < p.rows && p.sees(row, key);
           lane_bits[key] |= sees ? 1U << n : 0;
+          const bool keeps = sees ? p.keeps(row, key) : (n + key) % 2 == 0;
+          keep_bits[key] |= keeps ? 1U << n : 0;
           if (key < p.keys && row < p.rows && p.rule.bias)
             bias[key * 32 + n] = p.bias[row * p.keys + key];
         }
@@ -203,7 +210,8 @@ inline Result run(const ForwardKernel& kernel, const Problem& p) {
     for (std::int64_t s = 0; s < p.strips(); ++s) {
       work.push_back({states[s].get(), inputs[s].tile_class.data() + begin / 32,
                       inputs[s].lane_bits.data() + begin,
-                      p.rule.bias ? inputs[s].bias.data() + begin * 32 : nullptr});
+                      p.rule.bias ? inputs[s].bias.data() + begin * 32 : nullptr,
+                      p.rule.dropout ? inputs[s].keep_bits.data() + begin : nullptr});
     }
     const PanelCall call{packed.get(),
                          p.keys,
@@ -222,7 +230,8 @@ inline Result run(const ForwardKernel& kernel, const Problem& p) {
   for (std::int64_t s = 0; s < p.strips(); ++s) {
     std::vector<float> sinks(32, -kInf), out(32 * stride, 12345), lse(32);
     for (std::int64_t n = 0; n < 32 && s * 32 + n < p.rows; ++n) sinks[n] = p.sinks[s * 32 + n];
-    kernel.finish(states[s].get(), sinks.data(), out.data(), stride, lse.data(), p.dims);
+    kernel.finish(states[s].get(), sinks.data(), p.rule.keep_scale, out.data(), stride, lse.data(),
+                  p.dims);
     for (std::int64_t n = 0; n < 32; ++n) {
       for (std::int64_t d = p.dims.v_head_dim; d < stride; ++d)
         EXPECT_EQ(out[n * stride + d], 12345);
@@ -266,8 +275,9 @@ inline Row oracle(const Problem& p, std::int64_t row) {
   result.lse = top + std::log(sum);
   for (std::int64_t j = 0; j < p.keys; ++j) {
     if (!p.sees(row, j)) continue;
-    const double w = std::exp(s[j] - result.lse);
+    const double w = std::exp(s[j] - result.lse) * p.rule.keep_scale;
     if (w > 1e-9) result.largest = std::max(result.largest, std::abs(s[j]));
+    if (!p.keeps(row, j)) continue;
     for (std::int64_t d = 0; d < v_dim; ++d) {
       result.out[d] += w * p.v[j * v_dim + d];
       result.weight[d] += w * std::abs(p.v[j * v_dim + d]);
