@@ -12,66 +12,11 @@
 // This kernel itself has not been timed on one yet.
 #pragma once
 
+#include "kernels/amx_product-inl.h"
 #include "kernels/amx_softmax-inl.h"
-#include "kernels/amx_tiles-inl.h"
 
 namespace annulus {
 namespace {
-
-// One step of a product: two tiles of A, two of B, side by side.
-struct Operands {
-  const Bf16* a;
-  const Bf16* b;
-};
-
-// Where C tiles 0 = A0 B0, 1 = A0 B1, 2 = A1 B0, 3 = A1 B1 lie in S and O: [half of B][half of A].
-constexpr int kPlaceOfC[4] = {0, 512, 256, 768};
-
-template <class T>
-[[gnu::always_inline]] inline void load_operands(T& tiles, Operands from) {
-  load_stream<4>(tiles, from.a), load_stream<5>(tiles, from.a + 512);
-  load<6>(tiles, from.b), load<7>(tiles, from.b + 512);
-}
-template <class T>
-[[gnu::always_inline]] inline void store_c(T& tiles, float* c) {
-  store<0>(tiles, c), store<1>(tiles, c + 512), store<3>(tiles, c + 768), store<2>(tiles, c + 256);
-}
-
-// What happens to a C tile before its first product: its finished content is stored and it starts
-// from zero or from memory. Three products after the last one into it, a store costs nothing; four
-// stores behind the last step of a product stop the unit for 56 cycles.
-enum class Swap { kNone, kZero, kLoad };
-
-template <Swap kSwap, int kTile, class T>
-[[gnu::always_inline]] inline void swap_c(T& tiles, float* finished, const float* c) {
-  if constexpr (kSwap != Swap::kNone) store<kTile>(tiles, finished + kPlaceOfC[kTile]);
-  if constexpr (kSwap == Swap::kZero) zero<kTile>(tiles);
-  if constexpr (kSwap == Swap::kLoad) load<kTile>(tiles, c + kPlaceOfC[kTile]);
-}
-
-// Four products on the operands already in tiles 4 to 7. Each operand is loaded for the next step
-// as soon as its last product is issued; `filler` puts its t-th share of other work behind the t-th
-// product of the slot.
-template <Swap kSwap, int t, class T, class Filler>
-[[gnu::always_inline]] inline void step(T& tiles, float* finished, const float* c, Operands next,
-                                        Filler& filler) {
-  swap_c<kSwap, 0>(tiles, finished, c);
-  multiply<0, 4, 6>(tiles);
-  filler.template run<t>();
-  swap_c<kSwap, 1>(tiles, finished, c);
-  multiply<1, 4, 7>(tiles);
-  load_stream<4>(tiles, next.a);
-  filler.template run<t + 1>();
-  swap_c<kSwap, 3>(tiles, finished, c);
-  multiply<3, 5, 7>(tiles);
-  load<7>(tiles, next.b + 512);
-  filler.template run<t + 2>();
-  swap_c<kSwap, 2>(tiles, finished, c);
-  multiply<2, 5, 6>(tiles);
-  load<6>(tiles, next.b);
-  load_stream<5>(tiles, next.a + 512);
-  filler.template run<t + 3>();
-}
 
 // The softmax of one slot, dealt out evenly behind kProducts products.
 template <int kProducts, int kGroup, bool kPrefetchO>
@@ -141,7 +86,7 @@ struct Slot {
     } else {
       then = value_operands(0);
     }
-    step<kSwap, 4 * x>(tiles, g == 0 ? finished : s + (g - 1) * kSquare, nullptr, then, fill);
+    step<kSwap, 4 * x>(tiles, g == 0 ? finished : s + (g - 1) * kSquare, s, then, fill);
     if constexpr (x + 1 < kScoreSteps) multiply_scores<x + 1>();
   }
 
@@ -279,19 +224,9 @@ class PanelPass {
     return block.k + block.tile[j] * sizes_.k_units * kSquare;
   }
 
-  void multiply_one_by_one(Operands from) {
-    load_operands(tiles_, from);
-    multiply<0, 4, 6>(tiles_), multiply<1, 4, 7>(tiles_);
-    multiply<3, 5, 7>(tiles_), multiply<2, 5, 6>(tiles_);
-  }
-
   [[gnu::noinline]] void multiply_scores(const Block& block, int slot, float* s) {
     for (int j = slot * sizes_.group; j < (slot + 1) * sizes_.group; ++j, s += kSquare) {
-      zero<0>(tiles_), zero<1>(tiles_), zero<2>(tiles_), zero<3>(tiles_);
-      for (std::int64_t u = 0; u < sizes_.k_units; ++u) {
-        multiply_one_by_one({k_tile(block, j) + u * kSquare, block.strip.q + u * kSquare});
-      }
-      store_c(tiles_, s);
+      multiply_plainly(tiles_, {k_tile(block, j), block.strip.q}, sizes_.k_units, s);
     }
   }
 
@@ -299,18 +234,17 @@ class PanelPass {
   [[gnu::noinline]] void multiply_values(const Block& block, std::int64_t unit, const Bf16* p) {
     for (; unit < sizes_.v_units; ++unit) {
       float* o = block.strip.o + unit * kSquare;
-      load<0>(tiles_, o), load<1>(tiles_, o + 512), load<3>(tiles_, o + 768),
-          load<2>(tiles_, o + 256);
+      load_c<0>(tiles_, o), load_c<1>(tiles_, o), load_c<3>(tiles_, o), load_c<2>(tiles_, o);
       for (int x = 0; x < block.steps; ++x) {
         const int at = block.step[x] * kSquare;
-        multiply_one_by_one({block.v + unit * sizes_.block * kSquare + at, p + at});
+        multiply_one_by_one(tiles_, {block.v + unit * sizes_.block * kSquare + at, p + at});
       }
-      store_c(tiles_, o);
+      store_all_c(tiles_, o);
     }
   }
 
   // The C tiles into the memory that awaits them.
-  void put_away() { store_c(tiles_, finished_), finished_ = unused_; }
+  void put_away() { store_all_c(tiles_, finished_), finished_ = unused_; }
 
   [[gnu::noinline]] void plain_block(const Block* before, const Block& now, const Block* next) {
     put_away();

@@ -204,17 +204,21 @@ inline __m512i side_by_side(__m256i even, __m256i odd) {
                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 
-// One 32 x 32 square of V^T. Returns whether each of its values is finite.
-bool pack_value_square(Bf16* to, const RowSource& v, const char* const (&rows)[kTileKeys],
-                       std::int64_t unit, std::int64_t dim) {
+inline bool all_finite(__m512i x) {
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
-  __mmask32 not_finite = 0;
-  __m512i low[16], high[16];  // element j: keys 2j and 2j + 1 side by side, lanes d
+  return _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent) == 0;
+}
+
+// Of 32 rows one unit of d as a square of A, transposed: [32 d][32 rows]. Returns whether each
+// element is finite.
+bool pack_transposed(Bf16* to, const RowSource& source, const char* const (&rows)[kTileKeys],
+                     std::int64_t unit, std::int64_t dim) {
+  bool finite = true;
+  __m512i low[16], high[16];  // element j: rows 2j and 2j + 1 side by side, lanes d
   for (int j = 0; j < 16; ++j) {
-    const __m512i even = load_unit(v, rows[2 * j], unit, dim);
-    const __m512i odd = load_unit(v, rows[2 * j + 1], unit, dim);
-    not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(even, exponent), exponent);
-    not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(odd, exponent), exponent);
+    const __m512i even = load_unit(source, rows[2 * j], unit, dim);
+    const __m512i odd = load_unit(source, rows[2 * j + 1], unit, dim);
+    finite &= all_finite(even) & all_finite(odd);
     low[j] = side_by_side(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd));
     high[j] = side_by_side(_mm512_extracti64x4_epi64(even, 1), _mm512_extracti64x4_epi64(odd, 1));
   }
@@ -223,7 +227,18 @@ bool pack_value_square(Bf16* to, const RowSource& v, const char* const (&rows)[k
     _mm512_storeu_si512(to + d * 32, low[d]);
     _mm512_storeu_si512(to + (16 + d) * 32, high[d]);
   }
-  return not_finite == 0;
+  return finite;
+}
+
+// The same as a square of B: [2 halves of the rows][16 d pairs][16 rows][2].
+void pack_query_square(Bf16* to, const RowSource& source, const char* const (&rows)[kStripRows],
+                       std::int64_t unit, std::int64_t dim) {
+  for (int half = 0; half < 2; ++half, to += 512) {
+    __m512i r[16];
+    for (int j = 0; j < 16; ++j) r[j] = load_unit(source, rows[half * 16 + j], unit, dim);
+    transpose(r);
+    for (int j = 0; j < 16; ++j) _mm512_storeu_si512(to + j * 32, r[j]);
+  }
 }
 
 void pack(void* memory, const RowSource& k, const RowSource& v, Dims dims, std::int64_t num_keys,
@@ -246,7 +261,7 @@ void pack(void* memory, const RowSource& k, const RowSource& v, Dims dims, std::
     bool finite = true;
     for (std::int64_t u = 0; u < sizes.v_units; ++u) {
       Bf16* to = packed.v + ((block * sizes.v_units + u) * sizes.block + step) * kSquare;
-      finite &= pack_value_square(to, v, v_rows, u, dims.v_head_dim);
+      finite &= pack_transposed(to, v, v_rows, u, dims.v_head_dim);
     }
     packed.not_finite[tile] = finite ? 0 : 1;
   }
@@ -260,19 +275,12 @@ void start(void* memory, const void* const* rows, std::int64_t count, std::int64
   const Sizes sizes(dims);
   const Strip strip(memory, sizes);
   const RowSource source{nullptr, nullptr, 0, dim_stride_bytes, element};
+  const char* row[kStripRows];
+  for (int n = 0; n < kStripRows; ++n) {
+    row[n] = n < count ? static_cast<const char*>(rows[n]) : nullptr;
+  }
   for (std::int64_t u = 0; u < sizes.k_units; ++u) {
-    for (int half = 0; half < 2; ++half) {
-      __m512i r[16];
-      for (int j = 0; j < 16; ++j) {
-        const int n = half * 16 + j;
-        const char* row = n < count ? static_cast<const char*>(rows[n]) : nullptr;
-        r[j] = load_unit(source, row, u, dims.head_dim);
-      }
-      transpose(r);
-      for (int j = 0; j < 16; ++j) {
-        _mm512_storeu_si512(strip.q + u * kSquare + half * 512 + j * 32, r[j]);
-      }
-    }
+    pack_query_square(strip.q + u * kSquare, source, row, u, dims.head_dim);
   }
   memset(strip.o, 0, static_cast<std::size_t>(sizes.v_units * kSquare * 4));
   Strip::Head& z = *strip.head;
@@ -297,25 +305,20 @@ inline float normalise(const Strip::Head& z, int n, float sink, float& lse) {
   return static_cast<float>(exp(seen - total)) / z.w[n];
 }
 
-void finish(const void* memory, const float* sinks, float keep_scale, float* out,
-            std::int64_t out_stride, float* lse, Dims dims) {
-  const Sizes sizes(dims);
-  const Strip strip(memory, sizes);
-  alignas(64) float factor[kStripRows];
-  for (int n = 0; n < kStripRows; ++n)
-    factor[n] = normalise(*strip.head, n, sinks[n], lse[n]) * keep_scale;
-  for (std::int64_t x = 0; x < dims.v_head_dim; x += 16) {
-    const std::int64_t left = dims.v_head_dim - x;
+// Rows of 32 queries from squares [unit][2 halves of the queries][32 d][16 queries], each times its
+// factor; without its bit in `seen` a row is zero, whatever stands in the squares.
+void store_rows(const float* squares, const float* factor, std::uint32_t seen, float* out,
+                std::int64_t out_stride, std::int64_t dim) {
+  for (std::int64_t x = 0; x < dim; x += 16) {
+    const std::int64_t left = dim - x;
     const auto have = static_cast<__mmask16>(left >= 16 ? 0xffffU : (1U << left) - 1);
     for (int half = 0; half < 2; ++half) {
-      const __m512 f = _mm512_load_ps(factor + half * 16);
-      const __m512 l = _mm512_load_ps(strip.head->l + half * 16);
-      // A row that saw nothing is zero, whatever stands in O.
-      const __mmask16 seen = _mm512_cmp_ps_mask(l, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-      const float* o = strip.o + x / 32 * kSquare + half * 512 + x % 32 * 16;
+      const __m512 f = _mm512_loadu_ps(factor + half * 16);
+      const auto lanes = static_cast<__mmask16>(seen >> (half * 16));
+      const float* at = squares + x / 32 * kSquare + half * 512 + x % 32 * 16;
       __m512i r[16];
       for (int d = 0; d < 16; ++d) {
-        r[d] = _mm512_castps_si512(_mm512_maskz_mul_ps(seen, f, _mm512_load_ps(o + d * 16)));
+        r[d] = _mm512_castps_si512(_mm512_maskz_mul_ps(lanes, f, _mm512_load_ps(at + d * 16)));
       }
       transpose(r);
       for (int j = 0; j < 16; ++j) {
@@ -324,6 +327,18 @@ void finish(const void* memory, const float* sinks, float keep_scale, float* out
       }
     }
   }
+}
+
+void finish(const void* memory, const float* sinks, float keep_scale, float* out,
+            std::int64_t out_stride, float* lse, Dims dims) {
+  const Strip strip(memory, Sizes(dims));
+  float factor[kStripRows];
+  std::uint32_t seen = 0;
+  for (int n = 0; n < kStripRows; ++n) {
+    factor[n] = normalise(*strip.head, n, sinks[n], lse[n]) * keep_scale;
+    seen |= strip.head->l[n] != 0 ? 1U << n : 0;
+  }
+  store_rows(strip.o, factor, seen, out, out_stride, dims.v_head_dim);
 }
 
 }  // namespace

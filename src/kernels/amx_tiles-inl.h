@@ -1,8 +1,8 @@
 // Tile operations of the AMX kernel, twice: the hardware's, and plain C++ arrays that prove the
 // kernel on a CPU without AMX. Included by amx_bf16.cc inside its target region.
 //
-// Every tile is 16 rows of 64 bytes and every operand lies in memory as such tiles without gaps, so
-// loads and stores need no stride. Tiles 0 to 3 hold C, 4 and 5 A, 6 and 7 B. Tiles belong to a
+// Every tile is 16 rows of 64 bytes and lies in memory as such, without gaps unless a stride is
+// given. Tiles 0 to 3 hold C, 4 and 5 A, 6 and 7 B. Tiles belong to a
 // thread from open(), which zeroes them, to close(), behind which a thread's state is as small as
 // before; the pair costs 50 ns, so once a call. (No destructor: unwinding would need symbols that
 // the linker may share with other code.)
@@ -34,8 +34,8 @@ inline void close(HardwareTiles&) { asm volatile("tilerelease" ::: "memory"); }
 // and stores of the exponentials across a product, so the interleaving written is the one that
 // runs.
 template <int kTile>
-[[gnu::always_inline]] inline void load(HardwareTiles&, const void* from) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(64L), "i"(kTile) : "memory");
+[[gnu::always_inline]] inline void load(HardwareTiles&, const void* from, long stride = 64) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
 }
 // For data read once per strip (K, V^T): its lines do not displace Q, S, P and O from the L1.
 template <int kTile>
@@ -43,8 +43,8 @@ template <int kTile>
   asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(64L), "i"(kTile) : "memory");
 }
 template <int kTile>
-[[gnu::always_inline]] inline void store(HardwareTiles&, void* to) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(64L), "i"(kTile) : "memory");
+[[gnu::always_inline]] inline void store(HardwareTiles&, void* to, long stride = 64) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(kTile) : "memory");
 }
 template <int kTile>
 [[gnu::always_inline]] inline void zero(HardwareTiles&) {
@@ -98,16 +98,20 @@ inline float odd_half(std::uint32_t pair) { return as_float(flush(pair & 0xffff0
 }
 
 template <int kTile>
-inline void load(SimulatedTiles& tiles, const void* from) {
-  memcpy(tiles.tile[kTile], from, kTileBytes);
+inline void load(SimulatedTiles& tiles, const void* from, long stride = 64) {
+  for (int i = 0; i < 16; ++i) {
+    memcpy(tiles.tile[kTile][i], static_cast<const char*>(from) + i * stride, 64);
+  }
 }
 template <int kTile>
 inline void load_stream(SimulatedTiles& tiles, const void* from) {
   memcpy(tiles.tile[kTile], from, kTileBytes);
 }
 template <int kTile>
-inline void store(SimulatedTiles& tiles, void* to) {
-  memcpy(to, tiles.tile[kTile], kTileBytes);
+inline void store(SimulatedTiles& tiles, void* to, long stride = 64) {
+  for (int i = 0; i < 16; ++i) {
+    memcpy(static_cast<char*>(to) + i * stride, tiles.tile[kTile][i], 64);
+  }
 }
 template <int kTile>
 inline void zero(SimulatedTiles& tiles) {
