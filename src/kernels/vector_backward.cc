@@ -13,7 +13,7 @@
 #include "kernels/backward-inl.h"
 #include "kernels/dropout-inl.h"
 #undef ANNULUS_TARGET_NAME
-#include "kernels/vector_targets.h"
+#include "kernels/vector_targets-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace annulus {

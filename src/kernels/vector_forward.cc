@@ -12,7 +12,7 @@
 #include "hwy/highway.h"
 #include "kernels/forward-inl.h"
 #undef ANNULUS_TARGET_NAME
-#include "kernels/vector_targets.h"
+#include "kernels/vector_targets-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace annulus {

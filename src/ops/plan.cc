@@ -51,8 +51,8 @@ void add_steps(Plan& plan, const ForwardKernel& kernel, const Problem& problem, 
       planned.send_to = visit.to;
       planned.pairs = visit.compute ? costs.pairs[static_cast<std::size_t>(visit.owner)] : 0;
       if (visit.to >= 0)
-        planned.bytes = block_bytes(kernel, problem,
-                                           plan.kv_rows[static_cast<std::size_t>(visit.owner)]);
+        planned.bytes =
+            block_bytes(kernel, problem, plan.kv_rows[static_cast<std::size_t>(visit.owner)]);
       plan.bytes_sent_per_rank[static_cast<std::size_t>(rank)] += planned.bytes;
       plan.steps.push_back(planned);
     }

@@ -49,8 +49,8 @@ RankCosts rank_costs(const ForwardKernel& kernel, const Problem& problem, const 
     Rows keys = deal.kv_rows(owner);
     std::vector<std::int32_t> ids = deal.kv_segments(owner, keys);
     const std::int64_t head_bytes = kernel.packed_bytes(problem.dims, keys.size());
-    const KeyBlock block = describe_keys(kernel.tile_keys, head_bytes, problem, std::move(keys),
-                                         std::move(ids));
+    const KeyBlock block =
+        describe_keys(kernel.tile_keys, head_bytes, problem, std::move(keys), std::move(ids));
     costs.item_pairs.push_back(count_item_pairs(problem, items, {&rows, segments}, block));
     costs.pairs.push_back(std::accumulate(costs.item_pairs.back().begin(),
                                           costs.item_pairs.back().end(), std::int64_t{0}));

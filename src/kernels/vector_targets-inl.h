@@ -1,7 +1,7 @@
 // The Highway targets as a list, for files that are compiled once per target.
 
-#ifndef ANNULUS_VECTOR_TARGETS_H_
-#define ANNULUS_VECTOR_TARGETS_H_
+#ifndef ANNULUS_VECTOR_TARGETS_INL_H_
+#define ANNULUS_VECTOR_TARGETS_INL_H_
 
 #include "hwy/highway.h"
 
@@ -32,7 +32,7 @@
   &HWY_NAMESPACE::entry,               \
       ANNULUS_SSSE3(entry) ANNULUS_SSE4(entry) ANNULUS_AVX2(entry) ANNULUS_AVX3(entry)
 
-#endif  // ANNULUS_VECTOR_TARGETS_H_
+#endif  // ANNULUS_VECTOR_TARGETS_INL_H_
 
 // Once per target.
 #if HWY_TARGET == HWY_AVX3

@@ -1,0 +1,67 @@
+// The backward on every target, against the oracle by the bars of gradient_bars.h.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "annulus/gradient_bars.h"
+#include "annulus/ring.h"
+#include "testing.h"
+#include "training_testing.h"
+
+namespace annulus::testing {
+namespace {
+
+TEST(Backward, Plain) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const std::string& target : targets_for(dtype)) {
+      SCOPED_TRACE(std::string(name(dtype)) + " " + target);
+      Training t(dtype, {.q_len = 150,
+                         .kv_len = 150,
+                         .heads = 2,
+                         .kv_heads = 1,
+                         .head_dim = 40,
+                         .v_head_dim = 24});
+      RingOptions options;
+      options.attention.isa = target;
+      const auto check = t.run_and_check(options, 1);
+      EXPECT_TRUE(check.passed) << check.verdict;
+    }
+  }
+}
+
+TEST(Backward, CausalRing) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const RingBackward travel : {RingBackward::kKeys, RingBackward::kQueries}) {
+      for (const int workers : {1, 2, 3, 5}) {
+        for (const bool fused : {true, false}) {
+          for (const Topology topology : {Topology::kRing, Topology::kLinear}) {
+            SCOPED_TRACE(::testing::Message()
+                         << name(dtype) << " workers " << workers << " fused " << fused
+                         << " topology " << int(topology) << " travel " << int(travel));
+            Training t(dtype, {.q_len = 210,
+                               .kv_len = 210,
+                               .heads = 2,
+                               .kv_heads = 2,
+                               .head_dim = 32,
+                               .v_head_dim = 32});
+            RingOptions options;
+            options.attention.causal = true;
+            options.attention.sliding_window = {100, -1};
+            options.partition = Partition::zigzag();
+            options.topology = topology, options.ring_backward = travel,
+            options.fused_backward = fused;
+            const auto check = t.run_and_check(options, workers);
+            EXPECT_TRUE(check.passed) << check.verdict;
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace annulus::testing
