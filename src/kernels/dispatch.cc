@@ -29,7 +29,7 @@ struct Entry {
   bool (*takes)(DType);
   const ForwardKernel* (*forward)();
   const BackwardKernel* (*backward)();
-  DropoutBits (*dropout)();
+  const TermKernel* (*terms)();
   const char* use;
 };
 
@@ -38,37 +38,37 @@ constexpr const char* kSimulated = "amx_simulated";  // for tests: by name only,
 #if HWY_ARCH_X86
 const Entry kEntries[] = {
     {"scalar", always, any_dtype, [] { return vector_forward("scalar"); },
-     [] { return vector_backward("scalar"); }, [] { return vector_dropout("scalar"); },
+     [] { return vector_backward("scalar"); }, [] { return vector_terms("scalar"); },
      "plain C++, for comparison"},
     {"ssse3", highway_has<HWY_SSSE3>, any_dtype, [] { return vector_forward("ssse3"); },
-     [] { return vector_backward("ssse3"); }, [] { return vector_dropout("ssse3"); },
+     [] { return vector_backward("ssse3"); }, [] { return vector_terms("ssse3"); },
      "float32 products, 4 lanes"},
     {"sse4", highway_has<HWY_SSE4>, any_dtype, [] { return vector_forward("sse4"); },
-     [] { return vector_backward("sse4"); }, [] { return vector_dropout("sse4"); },
+     [] { return vector_backward("sse4"); }, [] { return vector_terms("sse4"); },
      "float32 products, 4 lanes"},
     {"avx2", highway_has<HWY_AVX2>, any_dtype, [] { return vector_forward("avx2"); },
-     [] { return vector_backward("avx2"); }, [] { return vector_dropout("avx2"); },
+     [] { return vector_backward("avx2"); }, [] { return vector_terms("avx2"); },
      "float32 products, 8 lanes"},
     {"avx512", highway_has<HWY_AVX3>, any_dtype, [] { return vector_forward("avx512"); },
-     [] { return vector_backward("avx512"); }, [] { return vector_dropout("avx512"); },
+     [] { return vector_backward("avx512"); }, [] { return vector_terms("avx512"); },
      "float32 products, 16 lanes"},
     {"avx512_bf16", [] { return highway_has<HWY_AVX3>() && cpu_features().avx512_bf16; },
      bfloat16_only, avx512_bf16_forward, avx512_bf16_backward,
-     [] { return vector_dropout("avx512"); }, "bfloat16 dot products"},
+     [] { return vector_terms("avx512"); }, "bfloat16 dot products"},
     {kSimulated, highway_has<HWY_AVX3>, bfloat16_only, amx_simulated_forward, avx512_bf16_backward,
-     [] { return vector_dropout("avx512"); }, "the AMX kernel on simulated tiles"},
+     [] { return vector_terms("avx512"); }, "the AMX kernel on simulated tiles"},
     {"amx", [] { return highway_has<HWY_AVX3>() && cpu_features().amx_bf16; }, bfloat16_only,
-     amx_bf16_forward, avx512_bf16_backward, [] { return vector_dropout("avx512"); },
+     amx_bf16_forward, avx512_bf16_backward, [] { return vector_terms("avx512"); },
      "bfloat16 tile products"},
 };
 #else
 const Entry kEntries[] = {
     {"scalar", always, any_dtype, [] { return vector_forward("scalar"); },
-     [] { return vector_backward("scalar"); }, [] { return vector_dropout("scalar"); },
+     [] { return vector_backward("scalar"); }, [] { return vector_terms("scalar"); },
      "plain C++, for comparison"},
     {"simd", [] { return vector_forward("simd") != nullptr; }, any_dtype,
      [] { return vector_forward("simd"); }, [] { return vector_backward("simd"); },
-     [] { return vector_dropout("simd"); }, "float32 products, 4 lanes"},
+     [] { return vector_terms("simd"); }, "float32 products, 4 lanes"},
 };
 #endif
 
@@ -126,8 +126,8 @@ const ForwardKernel& choose_forward(DType dtype, const std::string& isa) {
 const BackwardKernel& choose_backward(DType dtype, const std::string& isa) {
   return *choose(dtype, isa).backward();
 }
-DropoutBits choose_dropout(DType dtype, const std::string& isa) {
-  return choose(dtype, isa).dropout();
+const TermKernel& choose_terms(DType dtype, const std::string& isa) {
+  return *choose(dtype, isa).terms();
 }
 
 inline namespace v1 {

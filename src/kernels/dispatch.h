@@ -18,13 +18,12 @@ amx_simulated_forward();  // the AMX kernel over tile operations in plain C++; n
 const ForwardKernel* vector_forward(const std::string& target);
 const BackwardKernel* avx512_bf16_backward();
 const BackwardKernel* vector_backward(const std::string& target);
-// Of strips as wide as that target's.
-DropoutBits vector_dropout(const std::string& target);
+const TermKernel* vector_terms(const std::string& target);
 
 // The kernels of chosen_target(dtype, isa). They read the environment.
 const ForwardKernel& choose_forward(DType dtype, const std::string& isa);
 const BackwardKernel& choose_backward(DType dtype, const std::string& isa);
 // For the strips of both.
-DropoutBits choose_dropout(DType dtype, const std::string& isa);
+const TermKernel& choose_terms(DType dtype, const std::string& isa);
 
 }  // namespace annulus

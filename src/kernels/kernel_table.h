@@ -121,7 +121,7 @@ struct BackwardStrip {
   const float* bias;
   const std::uint32_t* keep_bits;
   float* ds;  // [panel keys rounded up to tile_keys][strip_rows] or null: receives dS as dbias has
-              // it; garbage where not visible
+              // it, 0 where not visible; empty tiles are not written
 };
 
 struct BackwardCall {
@@ -201,7 +201,20 @@ struct DropoutRows {
   const std::int32_t* head;   // [32]
   const std::int64_t* query;  // [32] positions
 };
-using DropoutBits = void (*)(const DropoutRows& rows, const std::int64_t* keys,
-                             std::int64_t num_keys, std::uint32_t* bits);
+
+// What options hold per pair, for strips of 32 lanes or fewer: [key][lane] as tiles want it, from
+// and to tensors [query][key].
+struct TermKernel {
+  std::int64_t strip_rows;
+  void (*keep_bits)(const DropoutRows& rows, const std::int64_t* keys, std::int64_t num_keys,
+                    std::uint32_t* bits);
+  // to[k * strip_rows + n] = row n's element k, which lies k * stride_bytes behind rows[n]; n below
+  // strip_rows, 0 from `count` on.
+  void (*gather)(const void* const* rows, std::int64_t count, std::int64_t stride_bytes,
+                 Element element, std::int64_t num_keys, float* to);
+  // rows[n][k * stride] += from[k * strip_rows + n]; n below `count`.
+  void (*scatter_add)(float* const* rows, std::int64_t count, std::int64_t stride,
+                      std::int64_t num_keys, const float* from);
+};
 
 }  // namespace annulus

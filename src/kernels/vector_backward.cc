@@ -1,5 +1,5 @@
-// The float32 backward of every Highway target and dropout's rule, one entry each. bfloat16 and
-// float16 inputs are widened when packed.
+// The float32 backward of every Highway target and the terms of options, one entry each. bfloat16
+// and float16 inputs are widened when packed.
 
 #include "kernels/dispatch.h"
 
@@ -11,7 +11,7 @@
 //
 #include "hwy/highway.h"
 #include "kernels/backward-inl.h"
-#include "kernels/dropout-inl.h"
+#include "kernels/terms-inl.h"
 #undef ANNULUS_TARGET_NAME
 #include "kernels/vector_targets-inl.h"
 
@@ -24,7 +24,10 @@ const BackwardKernel* BackwardEntry() {
       ANNULUS_TARGET_NAME, "float32 products, float32 accumulation", Element::kFloat32);
   return &kKernel;
 }
-DropoutBits DropoutEntry() { return KeepBits; }
+const TermKernel* TermEntry() {
+  static constexpr TermKernel kKernel = {kWidth, KeepBits, GatherTerms, ScatterTerms};
+  return &kKernel;
+}
 
 }  // namespace HWY_NAMESPACE
 }  // namespace annulus
@@ -37,7 +40,7 @@ namespace {
 
 using Getter = const BackwardKernel* (*)();
 constexpr Getter kGetters[] = {ANNULUS_OF_EVERY_TARGET(BackwardEntry)};
-constexpr DropoutBits (*kDropout[])() = {ANNULUS_OF_EVERY_TARGET(DropoutEntry)};
+constexpr const TermKernel* (*kTerms[])() = {ANNULUS_OF_EVERY_TARGET(TermEntry)};
 
 }  // namespace
 
@@ -48,9 +51,9 @@ const BackwardKernel* vector_backward(const std::string& target) {
   return nullptr;
 }
 
-DropoutBits vector_dropout(const std::string& target) {
+const TermKernel* vector_terms(const std::string& target) {
   for (std::size_t i = 0; i < std::size(kGetters); ++i) {
-    if (target == kGetters[i]()->target) return kDropout[i]();
+    if (target == kGetters[i]()->target) return kTerms[i]();
   }
   return nullptr;
 }

@@ -61,17 +61,19 @@ struct BackwardPass::ThreadMemory {
     lane_bits = reinterpret_cast<std::uint32_t*>(take(keys * 4));
     keep_bits = reinterpret_cast<std::uint32_t*>(take(pass.problem_.rule.dropout ? keys * 4 : 0));
     bias = reinterpret_cast<float*>(take(pass.problem_.rule.bias ? scores : 0));
-    ds = reinterpret_cast<float*>(take(pass.options_.dbias_sum ? scores : 0));
+    // scatter_add reads whole groups of 4 keys.
+    ds = reinterpret_cast<float*>(
+        take(pass.options_.dbias_sum ? scores + 3 * pass.kernel_.strip_rows * 4 : 0));
     bytes = at;
   }
   std::int64_t bytes;
 };
 
-BackwardPass::BackwardPass(const BackwardKernel& kernel, DropoutBits dropout,
+BackwardPass::BackwardPass(const BackwardKernel& kernel, const TermKernel& terms,
                            const Problem& problem, Executor& executor, const Options& options,
                            std::function<void()> tick)
     : kernel_(kernel),
-      dropout_(dropout),
+      terms_(terms),
       problem_(problem),
       sizes_(kernel, problem),
       executor_(executor),
@@ -251,9 +253,9 @@ std::int64_t BackwardPass::prepare(const Work& work, const Head& head, const Nee
     pairs += seen;
     if (problem_.rule.bias || problem_.rule.dropout) {
       const Lanes lanes = side.lanes(head, s);
-      const TileTerms terms{problem_, head, lanes, work.keys, range, tile_class, width};
+      const TileTerms terms{terms_, problem_, head, lanes, work.keys, range, tile_class};
       if (problem_.rule.bias) gather_bias(terms, memory.bias + first * width);
-      if (problem_.rule.dropout) gather_keep(terms, dropout_, memory.keep_bits + first);
+      if (problem_.rule.dropout) gather_keep(terms, memory.keep_bits + first);
     }
     if (problem_.rule.bias) strip.bias = memory.bias + first * width;
     if (problem_.rule.dropout) strip.keep_bits = memory.keep_bits + first;
@@ -297,8 +299,8 @@ void BackwardPass::add_dbias(const Work& work, const Head& head, const NeededBlo
         reinterpret_cast<const std::byte*>(strip.packed) - work.queries.packed.bytes.data();
     const std::int64_t number = offset / work.queries.strip_bytes - first + block.first;
     const Lanes lanes = work.queries.side.lanes(head, number);
-    scatter_dbias({problem_, head, lanes, work.keys, range, strip.tile_class, kernel_.strip_rows},
-                  strip.lane_bits, strip.ds, options_.dbias_sum);
+    scatter_dbias({terms_, problem_, head, lanes, work.keys, range, strip.tile_class}, strip.ds,
+                  options_.dbias_sum);
   }
 }
 

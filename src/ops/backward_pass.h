@@ -60,7 +60,7 @@ class BackwardPass {
     bool fused = true;
     MutableTensorView dbias_sum{};  // float32, stride 0 where broadcast; empty: not wanted
   };
-  BackwardPass(const BackwardKernel& kernel, DropoutBits dropout, const Problem& problem,
+  BackwardPass(const BackwardKernel& kernel, const TermKernel& terms, const Problem& problem,
                Executor& executor, const Options& options, std::function<void()> tick);
 
   // Adds to dq of the queries' heads and dkv of the keys' heads. The sum of every element is taken
@@ -95,7 +95,7 @@ class BackwardPass {
   [[nodiscard]] std::vector<std::vector<Head>> head_sets() const;
 
   const BackwardKernel& kernel_;
-  const DropoutBits dropout_;
+  const TermKernel& terms_;
   const Problem& problem_;
   const BackwardSizes sizes_;
   Executor& executor_;

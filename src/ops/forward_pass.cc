@@ -148,11 +148,11 @@ struct ForwardPass::Panel {
   TileClass shade;  // of the whole item
 };
 
-ForwardPass::ForwardPass(const ForwardKernel& kernel, DropoutBits dropout, QuerySide queries,
+ForwardPass::ForwardPass(const ForwardKernel& kernel, const TermKernel& terms, QuerySide queries,
                          Executor& executor, bool keep_states, const RowDeltas& deltas,
                          std::function<void()> tick)
     : kernel_(kernel),
-      dropout_(dropout),
+      terms_(terms),
       queries_(std::move(queries)),
       problem_(*queries_.problem),
       executor_(executor),
@@ -221,8 +221,7 @@ bool ForwardPass::prepare(const Item& item, std::int64_t strip, const KeyBlock& 
   work.tile_class = tile_class, work.lane_bits = lane_bits;
   if (seen == 0 || (!problem_.rule.bias && !problem_.rule.dropout)) return seen > 0;
   const Lanes lanes = queries_.lanes(item.head, strip);
-  const TileTerms terms{problem_,   item.head,         lanes, keys, panel.range,
-                        tile_class, kernel_.strip_rows};
+  const TileTerms terms{terms_, problem_, item.head, lanes, keys, panel.range, tile_class};
   if (problem_.rule.bias) {
     float* bias = memory.bias + first * kernel_.strip_rows;
     gather_bias(terms, bias);
@@ -230,7 +229,7 @@ bool ForwardPass::prepare(const Item& item, std::int64_t strip, const KeyBlock& 
   }
   if (problem_.rule.dropout) {
     std::uint32_t* keep_bits = memory.keep_bits + first;
-    gather_keep(terms, dropout_, keep_bits);
+    gather_keep(terms, keep_bits);
     work.keep_bits = keep_bits;
   }
   return true;

@@ -64,7 +64,7 @@ struct RowDeltas {
 class ForwardPass {
  public:
   // `tick` is called after every item and may throw to stop the call.
-  ForwardPass(const ForwardKernel& kernel, DropoutBits dropout, QuerySide queries,
+  ForwardPass(const ForwardKernel& kernel, const TermKernel& terms, QuerySide queries,
               Executor& executor, bool keep_states, const RowDeltas& deltas,
               std::function<void()> tick);
 
@@ -89,7 +89,7 @@ class ForwardPass {
   void finish_item(const Item& item, const std::byte* states, const ThreadMemory& memory) const;
 
   const ForwardKernel& kernel_;
-  const DropoutBits dropout_;
+  const TermKernel& terms_;
   const QuerySide queries_;
   const Problem& problem_;
   Executor& executor_;

@@ -144,14 +144,31 @@ class StripTiles {
   Lanes lanes_;
 };
 
-// Calls body(first key, one past the last) for every run of tiles that are not empty.
+// Keys that follow each other in the terms and, a constant stride apart, in the tensors.
+struct TermRun {
+  std::int64_t first;
+  std::int64_t count;
+  std::int64_t position;
+  std::int64_t stride;
+};
+
+// Calls body(TermRun) for every run of keys in tiles that are not empty. Partitions are made of
+// ranges, so runs are long.
 template <class Body>
 void for_runs(const TileTerms& terms, const Body& body) {
-  const std::int64_t step = terms.keys.tile_keys, tiles = ceil_div(terms.range.count, step);
-  for (std::int64_t t = 0; t < tiles; ++t) {
-    const std::int64_t first = t;
-    while (t < tiles && terms.tile_class[t] != kTileEmpty) ++t;
-    if (t > first) body(first * step, std::min(t * step, terms.range.count));
+  const std::int64_t step = terms.keys.tile_keys;
+  const std::int64_t* position = terms.keys.rows.position.data() + terms.range.begin;
+  const auto hidden = [&](std::int64_t k) { return terms.tile_class[k / step] == kTileEmpty; };
+  for (std::int64_t k = 0; k < terms.range.count;) {
+    if (hidden(k)) {
+      k += step;
+      continue;
+    }
+    const std::int64_t first = k++;
+    std::int64_t stride = 1;
+    if (k < terms.range.count && !hidden(k)) stride = position[k] - position[first];
+    while (k < terms.range.count && !hidden(k) && position[k] - position[k - 1] == stride) ++k;
+    body(TermRun{first, k - first, position[first], stride});
   }
 }
 
@@ -165,53 +182,39 @@ std::int64_t classify_tiles(const QuerySide& queries, const Head& head, std::int
 
 void gather_bias(const TileTerms& terms, float* bias) {
   const TensorView& view = terms.problem.bias;
-  const std::int64_t width = terms.strip_rows, stride = view.strides[3] * size_bytes(view.dtype);
-  const std::int64_t* position = terms.keys.rows.position.data() + terms.range.begin;
-  for (int n = 0; n < terms.lanes.count; ++n) {
-    const std::byte* row = view.at(terms.head.batch, terms.lanes.head[n], terms.lanes.row[n], 0);
-    for_runs(terms, [&](std::int64_t first, std::int64_t end) {
-      for (std::int64_t k = first; k < end; ++k) {
-        float& to = bias[k * width + n];
-        const std::byte* from = row + position[k] * stride;
-        if (view.dtype == DType::kFloat32) {
-          std::memcpy(&to, from, 4);
-        } else {
-          to = static_cast<float>(load_element(view.dtype, from));
-        }
-      }
-    });
-  }
+  const std::int64_t element = view.strides[3] * size_bytes(view.dtype);
+  const std::int64_t width = terms.kernel.strip_rows;
+  for_runs(terms, [&](const TermRun& run) {
+    const void* rows[32];
+    for (int n = 0; n < terms.lanes.count; ++n)
+      rows[n] = view.at(terms.head.batch, terms.lanes.head[n], terms.lanes.row[n], run.position);
+    terms.kernel.gather(rows, terms.lanes.count, element * run.stride,
+                        static_cast<Element>(view.dtype), run.count, bias + run.first * width);
+  });
 }
 
-void gather_keep(const TileTerms& terms, DropoutBits rule, std::uint32_t* keep) {
+void gather_keep(const TileTerms& terms, std::uint32_t* keep) {
   const Problem::Dropout& dropout = terms.problem.dropout;
   const DropoutRows rows{
       dropout.seed,      dropout.threshold, static_cast<std::uint32_t>(terms.head.batch),
       terms.lanes.count, terms.lanes.head,  terms.lanes.position};
   const std::int64_t* position = terms.keys.rows.position.data() + terms.range.begin;
-  for_runs(terms, [&](std::int64_t first, std::int64_t end) {
-    rule(rows, position + first, end - first, keep + first);
+  for_runs(terms, [&](const TermRun& run) {
+    terms.kernel.keep_bits(rows, position + run.first, run.count, keep + run.first);
   });
 }
 
-void scatter_dbias(const TileTerms& terms, const std::uint32_t* lane_bits, const float* ds,
-                   const MutableTensorView& sum) {
-  const std::int64_t width = terms.strip_rows, step = terms.keys.tile_keys;
-  const std::int64_t stride = sum.strides[3] * 4;
-  const std::int64_t* position = terms.keys.rows.position.data() + terms.range.begin;
-  for (int n = 0; n < terms.lanes.count; ++n) {
-    std::byte* row = sum.at(terms.head.batch, terms.lanes.head[n], terms.lanes.row[n], 0);
-    for_runs(terms, [&](std::int64_t first, std::int64_t end) {
-      for (std::int64_t k = first; k < end; ++k) {
-        if (terms.tile_class[k / step] == kTilePartial && (lane_bits[k] >> n & 1U) == 0) continue;
-        float total = 0;
-        std::byte* at = row + position[k] * stride;
-        std::memcpy(&total, at, 4);
-        total += ds[k * width + n];
-        std::memcpy(at, &total, 4);
-      }
-    });
-  }
+void scatter_dbias(const TileTerms& terms, const float* ds, const MutableTensorView& sum) {
+  const std::int64_t width = terms.kernel.strip_rows;
+  for_runs(terms, [&](const TermRun& run) {
+    float* rows[32];
+    for (int n = 0; n < terms.lanes.count; ++n) {
+      rows[n] = reinterpret_cast<float*>(
+          sum.at(terms.head.batch, terms.lanes.head[n], terms.lanes.row[n], run.position));
+    }
+    terms.kernel.scatter_add(rows, terms.lanes.count, sum.strides[3] * run.stride, run.count,
+                             ds + run.first * width);
+  });
 }
 
 }  // namespace annulus

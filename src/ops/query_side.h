@@ -53,23 +53,21 @@ std::int64_t classify_tiles(const QuerySide& queries, const Head& head, std::int
                             const KeyBlock& keys, const KeyRange& range, TileClass shade,
                             std::uint8_t* tile_class, std::uint32_t* lane_bits);
 
-// What options hold for a strip and a range of keys, tile by tile; empty tiles are left out.
+// What options hold for a strip and a range of keys, run by run of tiles that are not empty.
 struct TileTerms {
+  const TermKernel& kernel;
   const Problem& problem;
   const Head& head;
   const Lanes& lanes;
   const KeyBlock& keys;
   const KeyRange& range;
   const std::uint8_t* tile_class;
-  std::int64_t strip_rows;
 };
 // bias[key][lane].
 void gather_bias(const TileTerms& terms, float* bias);
 // Bit n of keep[key]: dropout keeps the pair of lane n.
-void gather_keep(const TileTerms& terms, DropoutBits rule, std::uint32_t* keep);
-// sum[b][h][query][key] += ds[key][lane] of the tiles' visible pairs. `sum` is float32 with stride
-// 0 where it is broadcast.
-void scatter_dbias(const TileTerms& terms, const std::uint32_t* lane_bits, const float* ds,
-                   const MutableTensorView& sum);
+void gather_keep(const TileTerms& terms, std::uint32_t* keep);
+// sum[b][h][query][key] += ds[key][lane]. `sum` is float32 with stride 0 where it is broadcast.
+void scatter_dbias(const TileTerms& terms, const float* ds, const MutableTensorView& sum);
 
 }  // namespace annulus

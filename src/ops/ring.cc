@@ -19,7 +19,7 @@ ForwardRank::ForwardRank(Communicator& comm, const RingCall& call, const RingOpt
       deal_(call.deal),
       topology_(options.topology),
       kernel_(choose_forward(problem_.q.dtype, options.attention.isa)),
-      dropout_(choose_dropout(problem_.q.dtype, options.attention.isa)),
+      terms_(choose_terms(problem_.q.dtype, options.attention.isa)),
       executor_(executor),
       deltas_(deltas),
       walk_(comm, options.attention.recorder) {}
@@ -36,7 +36,7 @@ CallSummary ForwardRank::run() {
   const Parcel own = pack();
   Rows rows = deal_.q_rows(rank);
   std::vector<std::int32_t> segments = deal_.q_segments(rank, rows);
-  ForwardPass pass(kernel_, dropout_,
+  ForwardPass pass(kernel_, terms_,
                    {&problem_, std::move(rows), std::move(segments), kernel_.strip_rows}, executor_,
                    blocks > 1, deltas_, [this] { walk_.tick(); });
   if (blocks == 0) {  // nothing is visible from here

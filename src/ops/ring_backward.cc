@@ -73,7 +73,7 @@ BackwardRank::BackwardRank(Communicator& comm, const RingCall& call, const RingO
       statistics_(statistics),
       sizes_(kernel_, problem_),
       walk_(comm, options.attention.recorder),
-      pass_(kernel_, choose_dropout(problem_.q.dtype, options.attention.isa), problem_, executor,
+      pass_(kernel_, choose_terms(problem_.q.dtype, options.attention.isa), problem_, executor,
             {options.fused_backward, dbias_sum}, [this] { walk_.tick(); }),
       queries_travel_(queries_travel()) {}
 

@@ -33,7 +33,7 @@ class ForwardRank {
   const Deal& deal_;
   const Topology topology_;
   const ForwardKernel& kernel_;
-  const DropoutBits dropout_;
+  const TermKernel& terms_;
   Executor& executor_;
   const RowDeltas deltas_;
   RingWalk walk_;

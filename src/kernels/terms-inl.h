@@ -1,4 +1,6 @@
-// Dropout's counter rule by lanes: Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy
+// What options hold per pair, by lanes.
+//
+// Dropout's counter rule: Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy
 // as 1, 2, 3", SC 2011), of which only the first word of each block is needed.
 
 #include "hwy/highway.h"
@@ -84,6 +86,28 @@ inline void KeepBits(const DropoutRows& rows, const std::int64_t* keys, std::int
                                hn::BitCast(kI, hn::Xor(last, flip)));
       const std::uint32_t mask = never ? ~0U : MaskBits(hn::RebindMask(kF, kept)) << (c * kLanes);
       bits[k] = c == 0 ? mask : bits[k] | mask;
+    }
+  }
+}
+
+inline void GatherTerms(const void* const* rows, std::int64_t count, std::int64_t stride_bytes,
+                        Element element, std::int64_t num_keys, float* to) {
+  const RowSource source{nullptr, nullptr, 0, stride_bytes, element};
+  TransposeStrip<Float32>(rows, count, source, num_keys, num_keys, reinterpret_cast<char*>(to));
+}
+
+inline void ScatterTerms(float* const* rows, std::int64_t count, std::int64_t stride,
+                         std::int64_t num_keys, const float* from) {
+  constexpr std::int64_t kPiece = 32;  // keys: 4 KB of stack
+  float factor[kWidth], piece[kWidth * kPiece];
+  for (float& f : factor) f = 1;
+  for (std::int64_t k = 0; k < num_keys; k += kPiece) {
+    // Whole groups of 4 keys are read; tiles are padded to that.
+    const std::int64_t keys = num_keys - k < kPiece ? num_keys - k : kPiece;
+    TransposeOut(from + k * kWidth, kWidth, factor, keys, piece, kPiece);
+    for (std::int64_t n = 0; n < count; ++n) {
+      float* to = rows[n] + k * stride;
+      for (std::int64_t i = 0; i < keys; ++i) to[i * stride] += piece[n * kPiece + i];
     }
   }
 }
