@@ -114,5 +114,27 @@ struct Plan {
 Plan explain(int workers, const TensorView& q, const TensorView& k, const TensorView& v,
              DType out_dtype, const RingOptions& options = {});
 
+// What a backward will do. Steps: `owner` is whose block is at hand, of keys or of queries; `bytes`
+// counts its packed operands, not its gradients.
+struct BackwardPlan {
+  std::string target;
+  std::string arithmetic;
+  bool bf16_products = false;  // p and ds are rounded to bfloat16 before they multiply
+  bool queries_travel = false;
+  std::vector<PlannedStep> steps;
+  std::int64_t pairs_visible = 0;
+  double flops = 0;  // 2.5 times the forward's; two passes compute 3.5 times them
+  std::vector<std::int64_t> bytes_sent_per_rank;  // gradients included
+  std::int64_t panel_keys = 0;
+  std::int64_t block_rows = 0;
+  std::int64_t peak_bytes = 0;  // allocated by the call at its peak
+};
+
+// The plan of the global form of ring_attention_backward(). dbias: its gradient is asked for, in a
+// type other than float32.
+BackwardPlan explain_backward(int workers, const TensorView& q, const TensorView& k,
+                              const TensorView& v, DType dout_dtype,
+                              const RingOptions& options = {}, bool rounded_dbias = false);
+
 }  // namespace v1
 }  // namespace annulus

@@ -47,26 +47,30 @@ struct BackwardPass::ThreadMemory {
   std::uint32_t* keep_bits;
   float* bias;
   float* ds;
-
-  ThreadMemory(const BackwardPass& pass, std::byte* memory) {
-    std::int64_t at = 0;
-    const auto take = [&](std::int64_t size) {
-      const std::int64_t begin = std::exchange(at, at + round_up(size, 64));
-      return memory == nullptr ? nullptr : memory + begin;  // null: only the sizes are wanted
-    };
-    const std::int64_t keys = pass.block_strips_ * pass.blocking_.panel_keys;
-    const std::int64_t scores = keys * pass.kernel_.strip_rows * 4;
-    scratch = take(pass.kernel_.scratch_bytes(pass.problem_.dims));
-    tile_class = reinterpret_cast<std::uint8_t*>(take(keys / pass.kernel_.tile_keys));
-    lane_bits = reinterpret_cast<std::uint32_t*>(take(keys * 4));
-    keep_bits = reinterpret_cast<std::uint32_t*>(take(pass.problem_.rule.dropout ? keys * 4 : 0));
-    bias = reinterpret_cast<float*>(take(pass.problem_.rule.bias ? scores : 0));
-    // scatter_add reads whole groups of 4 keys.
-    ds = reinterpret_cast<float*>(
-        take(pass.options_.dbias_sum ? scores + 3 * pass.kernel_.strip_rows * 4 : 0));
-    bytes = at;
-  }
   std::int64_t bytes;
+
+  // A null memory tells only the size.
+  ThreadMemory(const BackwardKernel& kernel, const Problem& problem, bool with_dbias,
+               std::byte* memory) {
+    bytes = 0;
+    const auto take = [&](std::int64_t size) {
+      const std::int64_t begin = std::exchange(bytes, bytes + round_up(size, 64));
+      return memory == nullptr ? nullptr : memory + begin;
+    };
+    const BackwardBlocking blocking = kernel.blocking(problem.dims);
+    const std::int64_t keys = blocking.block_rows / kernel.strip_rows * blocking.panel_keys;
+    const std::int64_t scores = keys * kernel.strip_rows * 4;
+    scratch = take(kernel.scratch_bytes(problem.dims));
+    tile_class = reinterpret_cast<std::uint8_t*>(take(keys / kernel.tile_keys));
+    lane_bits = reinterpret_cast<std::uint32_t*>(take(keys * 4));
+    keep_bits = reinterpret_cast<std::uint32_t*>(take(problem.rule.dropout ? keys * 4 : 0));
+    bias = reinterpret_cast<float*>(take(problem.rule.bias ? scores : 0));
+    // scatter_add reads whole groups of 4 keys.
+    ds = reinterpret_cast<float*>(take(with_dbias ? scores + 3 * kernel.strip_rows * 4 : 0));
+  }
+  ThreadMemory(const BackwardPass& pass, std::byte* memory)
+      : ThreadMemory(pass.kernel_, pass.problem_, static_cast<bool>(pass.options_.dbias_sum),
+                     memory) {}
 };
 
 BackwardPass::BackwardPass(const BackwardKernel& kernel, const TermKernel& terms,
@@ -82,10 +86,14 @@ BackwardPass::BackwardPass(const BackwardKernel& kernel, const TermKernel& terms
       blocking_(kernel.blocking(problem.dims)),
       block_strips_(blocking_.block_rows / kernel.strip_rows),
       sets_(head_sets()) {
-  for (int t = 0; t < executor.threads(); ++t) thread_memory_.emplace_back(thread_bytes());
+  const std::int64_t bytes = thread_bytes(kernel, problem, static_cast<bool>(options.dbias_sum));
+  for (int t = 0; t < executor.threads(); ++t) thread_memory_.emplace_back(bytes);
 }
 
-std::int64_t BackwardPass::thread_bytes() const { return ThreadMemory(*this, nullptr).bytes; }
+std::int64_t BackwardPass::thread_bytes(const BackwardKernel& kernel, const Problem& problem,
+                                        bool with_dbias) {
+  return ThreadMemory(kernel, problem, with_dbias, nullptr).bytes;
+}
 
 std::vector<std::vector<Head>> BackwardPass::head_sets() const {
   const MutableTensorView& sum = options_.dbias_sum;

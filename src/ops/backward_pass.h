@@ -67,7 +67,9 @@ class BackwardPass {
   // in one order, whatever the number of threads. Returns the visible pairs that the tiles held.
   std::int64_t run(const QueryBlock& queries, const KeyBlock& keys, float* dq, float* dkv);
 
-  [[nodiscard]] std::int64_t thread_bytes() const;
+  // Scratch of one thread.
+  static std::int64_t thread_bytes(const BackwardKernel& kernel, const Problem& problem,
+                                   bool with_dbias);
 
  private:
   struct Work;

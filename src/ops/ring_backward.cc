@@ -18,12 +18,6 @@
 namespace annulus {
 namespace {
 
-// dout in another type than q is widened, never rounded.
-const BackwardKernel& backward_kernel(const Problem& problem, const RingOptions& options) {
-  const DType dtype = problem.dout.dtype == problem.q.dtype ? problem.q.dtype : DType::kFloat32;
-  return choose_backward(dtype, options.attention.isa);
-}
-
 // Zeroed, so that every sum starts from nothing.
 std::shared_ptr<AlignedBuffer> zeros(std::int64_t bytes) {
   auto buffer = std::make_shared<AlignedBuffer>(bytes);
@@ -37,7 +31,13 @@ Parcel parcel_of(const std::shared_ptr<AlignedBuffer>& buffer) {
       buffer};
 }
 
-// The ranks that compute with a block, along each of its ways from its owner.
+}  // namespace
+
+// dout in another type than q is widened, never rounded.
+const BackwardKernel& backward_kernel(DType q_dtype, DType dout_dtype, const std::string& isa) {
+  return choose_backward(dout_dtype == q_dtype ? q_dtype : DType::kFloat32, isa);
+}
+
 std::vector<std::vector<int>> ways_of(const std::vector<RankSchedule>& schedules, int owner) {
   std::vector<std::vector<int>> ways;
   for (const Visit& start : schedules[static_cast<std::size_t>(owner)].at(0)) {
@@ -59,7 +59,38 @@ std::vector<std::vector<int>> ways_of(const std::vector<RankSchedule>& schedules
   return ways;
 }
 
-}  // namespace
+// By bytes over all ranks: packed operands and float32 gradients make the same number of hops. Rows
+// of bias and dense masks lie where their queries live, unless tensors are whole: queries stay.
+bool queries_travel(const BackwardSizes& sizes, const Problem& problem, const Deal& deal,
+                    RingBackward asked) {
+  const bool rows_at_home =
+      !deal.whole_tensors && (problem.bias || problem.visibility.rules().attention_mask);
+  if (asked == RingBackward::kKeys) return false;
+  if (asked == RingBackward::kQueries) return true;
+  if (rows_at_home) return false;
+  std::int64_t keys = 0, queries = 0;
+  for (int rank = 0; rank < deal.world_size; ++rank) {
+    const std::int64_t k = deal.kv_partition->local_len(rank, deal.world_size, deal.kv_len),
+                       q = deal.q_partition->local_len(rank, deal.world_size, deal.q_len);
+    keys += sizes.keys(k) + sizes.key_gradients(k);
+    queries += sizes.queries(q) + sizes.query_gradients(q);
+  }
+  return queries < keys;
+}
+
+std::int64_t count_pairs(const Problem& problem, const Deal& deal, int query_rank, int key_rank) {
+  Rows queries = deal.q_rows(query_rank), keys = deal.kv_rows(key_rank);
+  const std::vector<std::int32_t> q_ids = deal.q_segments(query_rank, queries),
+                                  k_ids = deal.kv_segments(key_rank, keys);
+  // Unless masks differ, one head stands for all.
+  const std::int64_t heads = problem.visibility.per_head() ? problem.num_heads : 1;
+  std::int64_t pairs = 0;
+  for (std::int64_t b = 0; b < problem.batch && problem.num_heads > 0; ++b) {
+    pairs += count_visible(problem.visibility, b, 0, static_cast<int>(heads - 1), {&queries, q_ids},
+                           0, queries.size(), {&keys, k_ids});
+  }
+  return heads == 1 ? pairs * problem.num_heads : pairs;
+}
 
 BackwardRank::BackwardRank(Communicator& comm, const RingCall& call, const RingOptions& options,
                            Executor& executor, const RowStatistics& statistics,
@@ -68,46 +99,14 @@ BackwardRank::BackwardRank(Communicator& comm, const RingCall& call, const RingO
       problem_(call.problem),
       deal_(call.deal),
       options_(options),
-      kernel_(backward_kernel(problem_, options)),
+      kernel_(backward_kernel(problem_.q.dtype, problem_.dout.dtype, options.attention.isa)),
       executor_(executor),
       statistics_(statistics),
       sizes_(kernel_, problem_),
       walk_(comm, options.attention.recorder),
       pass_(kernel_, choose_terms(problem_.q.dtype, options.attention.isa), problem_, executor,
             {options.fused_backward, dbias_sum}, [this] { walk_.tick(); }),
-      queries_travel_(queries_travel()) {}
-
-// By bytes over all ranks: packed operands and float32 gradients make the same number of hops. Rows
-// of bias and dense masks lie where their queries live, unless tensors are whole: queries stay.
-bool BackwardRank::queries_travel() const {
-  const bool rows_at_home =
-      !deal_.whole_tensors && (problem_.bias || problem_.visibility.rules().attention_mask);
-  if (options_.ring_backward == RingBackward::kKeys) return false;
-  if (options_.ring_backward == RingBackward::kQueries) return true;
-  if (rows_at_home) return false;
-  std::int64_t keys = 0, queries = 0;
-  for (int rank = 0; rank < deal_.world_size; ++rank) {
-    const std::int64_t k = deal_.kv_partition->local_len(rank, deal_.world_size, deal_.kv_len),
-                       q = deal_.q_partition->local_len(rank, deal_.world_size, deal_.q_len);
-    keys += sizes_.keys(k) + sizes_.key_gradients(k);
-    queries += sizes_.queries(q) + sizes_.query_gradients(q);
-  }
-  return queries < keys;
-}
-
-std::int64_t BackwardRank::count_pairs(int query_rank, int key_rank) const {
-  Rows queries = deal_.q_rows(query_rank), keys = deal_.kv_rows(key_rank);
-  const std::vector<std::int32_t> q_ids = deal_.q_segments(query_rank, queries),
-                                  k_ids = deal_.kv_segments(key_rank, keys);
-  // Unless masks differ, one head stands for all.
-  const std::int64_t heads = problem_.visibility.per_head() ? problem_.num_heads : 1;
-  std::int64_t pairs = 0;
-  for (std::int64_t b = 0; b < problem_.batch && problem_.num_heads > 0; ++b) {
-    pairs += count_visible(problem_.visibility, b, 0, static_cast<int>(heads - 1),
-                           {&queries, q_ids}, 0, queries.size(), {&keys, k_ids});
-  }
-  return heads == 1 ? pairs * problem_.num_heads : pairs;
-}
+      queries_travel_(queries_travel(sizes_, problem_, deal_, options.ring_backward)) {}
 
 QueryBlock BackwardRank::query_block(int owner) const {
   QueryBlock block;
@@ -140,7 +139,8 @@ void BackwardRank::plan() {
   const int rank = walk_.rank();
   std::vector<bool> needs;
   for (int owner = 0; owner < deal_.world_size; ++owner) {
-    pairs_.push_back(queries_travel_ ? count_pairs(owner, rank) : count_pairs(rank, owner));
+    pairs_.push_back(count_pairs(problem_, deal_, queries_travel_ ? owner : rank,
+                                 queries_travel_ ? rank : owner));
     needs.push_back(pairs_.back() > 0);
   }
   walk_.agree(needs, options_.topology);

@@ -2,7 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
+#include <memory>
+#include <string>
 #include <vector>
 
 #include "annulus/ring.h"
@@ -41,6 +42,15 @@ class ForwardRank {
   std::int64_t pairs_computed_ = 0;
 };
 
+const BackwardKernel& backward_kernel(DType q_dtype, DType dout_dtype, const std::string& isa);
+// What goes round the ring.
+bool queries_travel(const BackwardSizes& sizes, const Problem& problem, const Deal& deal,
+                    RingBackward asked);
+// Visible pairs of one rank's queries and another's keys, by the mask alone.
+std::int64_t count_pairs(const Problem& problem, const Deal& deal, int query_rank, int key_rank);
+// The ranks that compute with a block, along each of its ways from its owner.
+std::vector<std::vector<int>> ways_of(const std::vector<RankSchedule>& schedules, int owner);
+
 // The side that travels carries its gradients: from one rank that adds to them to the next, and
 // home from the last. The other side stays, and so do its gradients.
 class BackwardRank {
@@ -60,8 +70,6 @@ class BackwardRank {
   };
 
   void plan();
-  [[nodiscard]] bool queries_travel() const;
-  [[nodiscard]] std::int64_t count_pairs(int query_rank, int key_rank) const;
   [[nodiscard]] QueryBlock query_block(int owner) const;
   [[nodiscard]] KeyBlock key_block(int owner) const;
   [[nodiscard]] std::int64_t block_bytes(int owner) const;
