@@ -26,6 +26,7 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16")
 #endif
 
+#include "kernels/amx_backward-inl.h"
 #include "kernels/amx_forward-inl.h"
 
 #if defined(__clang__)
@@ -40,12 +41,14 @@ namespace annulus {
 
 const ForwardKernel* amx_bf16_forward();
 const ForwardKernel* amx_simulated_forward();
+const BackwardKernel* amx_bf16_backward();
+const BackwardKernel* amx_simulated_backward();
 
 #if defined(__x86_64__)
 namespace {
 
 template <class T>
-constexpr ForwardKernel table(const char* target) {
+constexpr ForwardKernel forward_table(const char* target) {
   return {.target = target,
           .arithmetic = "bf16 products, float32 accumulation",
           .compute = Element::kBFloat16,
@@ -62,16 +65,41 @@ constexpr ForwardKernel table(const char* target) {
           .peak_loop = peak_loop<T>};
 }
 
-constexpr ForwardKernel kHardware = table<HardwareTiles>("amx");
-constexpr ForwardKernel kSimulated = table<SimulatedTiles>("amx_simulated");
+template <class T>
+constexpr BackwardKernel backward_table(const char* target) {
+  return {.target = target,
+          .arithmetic = "bf16 products, p and ds, float32 accumulation",
+          .compute = Element::kBFloat16,
+          .strip_rows = kStripRows,
+          .tile_keys = kTileKeys,
+          .blocking = backward_blocking,
+          .scratch_bytes = backward_scratch_bytes,
+          .packed_bytes = backward_packed_bytes,
+          .strip_bytes = backward_strip_bytes,
+          .row_floats = whole_units,
+          .dq_rows = whole_units,
+          .pack_keys = pack_backward_keys,
+          .pack_strip = pack_backward_strip,
+          .block = backward_block<T>,
+          .unload_dq = unload_dq};
+}
+
+constexpr ForwardKernel kHardware = forward_table<HardwareTiles>("amx");
+constexpr ForwardKernel kSimulated = forward_table<SimulatedTiles>("amx_simulated");
+constexpr BackwardKernel kHardwareBackward = backward_table<HardwareTiles>("amx");
+constexpr BackwardKernel kSimulatedBackward = backward_table<SimulatedTiles>("amx_simulated");
 
 }  // namespace
 
 const ForwardKernel* amx_bf16_forward() { return &kHardware; }
 const ForwardKernel* amx_simulated_forward() { return &kSimulated; }
+const BackwardKernel* amx_bf16_backward() { return &kHardwareBackward; }
+const BackwardKernel* amx_simulated_backward() { return &kSimulatedBackward; }
 #else
 const ForwardKernel* amx_bf16_forward() { return nullptr; }
 const ForwardKernel* amx_simulated_forward() { return nullptr; }
+const BackwardKernel* amx_bf16_backward() { return nullptr; }
+const BackwardKernel* amx_simulated_backward() { return nullptr; }
 #endif
 
 }  // namespace annulus

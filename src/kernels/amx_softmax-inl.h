@@ -180,16 +180,24 @@ struct Softmax {
 // ------------------------------------------------------------------------------------------ passes
 // over the scores
 
-// To natural units, with soft cap and bias.
-inline void transform(float* s, const float* bias, const ScoreRule& rule) {
+// To natural units, with soft cap and bias. `slope`, if given, receives the cap's derivative. A NaN
+// becomes the usual one: rounding up would carry one of all ones, as a bias may hold it, into its
+// sign.
+inline void transform(float* s, const float* bias, const ScoreRule& rule, float* slope) {
   const __m512 scale = _mm512_set1_ps(rule.scale), cap = _mm512_set1_ps(rule.cap);
   for (int key = 0; key < kTileKeys; ++key) {
     for (int half = 0; half < 2; ++half) {
-      float* at = s + half * 512 + key * kLanes;
-      __m512 x = _mm512_mul_ps(scale, _mm512_load_ps(at));
-      if (rule.cap > 0) x = _mm512_mul_ps(cap, tanh(_mm512_div_ps(x, cap)));
+      const int at = half * 512 + key * kLanes;
+      __m512 x = _mm512_mul_ps(scale, _mm512_load_ps(s + at));
+      if (rule.cap > 0) {
+        const __m512 t = tanh(_mm512_div_ps(x, cap));
+        x = _mm512_mul_ps(cap, t);
+        if (slope != nullptr)
+          _mm512_store_ps(slope + at, _mm512_fnmadd_ps(t, t, _mm512_set1_ps(1)));
+      }
       if (rule.bias) x = _mm512_add_ps(x, _mm512_loadu_ps(bias + key * kStripRows + half * kLanes));
-      _mm512_store_ps(at, x);
+      const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+      _mm512_store_ps(s + at, _mm512_mask_mov_ps(x, nan, _mm512_set1_ps(kNan)));
     }
   }
 }
@@ -213,7 +221,7 @@ inline void hide(float* s, const std::uint32_t* bits) {
       hide(s, nullptr);
       continue;
     }
-    if (!rule.plain) transform(s, work.bias + tile * kTileKeys * kStripRows, rule.score);
+    if (!rule.plain) transform(s, work.bias + tile * kTileKeys * kStripRows, rule.score, nullptr);
     if (work.tile_class[tile] == kTilePartial) hide(s, work.lane_bits + tile * kTileKeys);
   }
 }
@@ -345,18 +353,22 @@ inline float bf16_value(Bf16 x) {
   return __builtin_bit_cast(float, static_cast<std::uint32_t>(x) << 16);
 }
 
+// Takes out of 16 pairs of bf16 the lower and the upper ones without their bit.
+inline void keep_pairs(Bf16* at, std::uint32_t lower, std::uint32_t upper) {
+  const __m512i pair = _mm512_load_si512(at);
+  const __m512i even = _mm512_maskz_mov_epi32(static_cast<__mmask16>(lower), pair);
+  const __m512i odd = _mm512_maskz_mov_epi32(static_cast<__mmask16>(upper), pair);
+  _mm512_store_si512(at, _mm512_mask_blend_epi16(0xAAAAAAAAU, even, odd));
+}
+
 // Dropped pairs leave P of the block after its sums were taken: they count in l and w.
 [[gnu::noinline]] void drop(const Block& block, Bf16* p) {
   for (int i = 0; i < block.steps; ++i) {
     const std::uint32_t* keep = block.work->keep_bits + (block.first + block.step[i]) * kTileKeys;
     Bf16* at = p + block.step[i] * kSquare;
-    for (int j = 0; j < 32; ++j, at += 32) {
+    for (int j = 0; j < 32; ++j) {
       const int key = j % 16 * 2, lane = j / 16 * kLanes;
-      const __m512i pair = _mm512_load_si512(at);
-      const __m512i even = _mm512_maskz_mov_epi32(static_cast<__mmask16>(keep[key] >> lane), pair);
-      const __m512i odd =
-          _mm512_maskz_mov_epi32(static_cast<__mmask16>(keep[key + 1] >> lane), pair);
-      _mm512_store_si512(at, _mm512_mask_blend_epi16(0xAAAAAAAAU, even, odd));
+      keep_pairs(at + j * 32, keep[key] >> lane, keep[key + 1] >> lane);
     }
   }
 }

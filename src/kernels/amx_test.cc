@@ -1,11 +1,8 @@
 // The AMX kernel through its table against attention in double precision: over simulated tiles
 // wherever there is AVX-512, over the hardware's where there is AMX.
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <gtest/gtest.h>
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <cmath>
 #include <cstdint>
@@ -24,15 +21,6 @@ const ForwardKernel* amx_simulated_forward();
 namespace {
 
 using namespace amx_test;
-
-bool has_amx() {
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  constexpr unsigned kTilesAndBf16 = 1U << 24 | 1U << 22;
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-  return (d & kTilesAndBf16) == kTilesAndBf16 &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
 
 class AmxKernel : public testing::TestWithParam<bool> {
  protected:
@@ -113,38 +101,6 @@ TEST_P(AmxKernel, RoundsFloat32ToNearestEven) {
   const Result got = run(*kernel_, p);
   for (std::int64_t d = 0; d < 32; ++d) EXPECT_EQ(rounded(got.out[d]), rounded(p.v[d])) << d;
 }
-
-// Visible sets that give full, partial and empty tiles in all orders.
-void mask_causal(Problem& p, std::int64_t shift) {
-  for (std::int64_t i = 0; i < p.rows; ++i) {
-    for (std::int64_t j = 0; j < p.keys; ++j) p.visible[i * p.keys + j] = j <= i + shift;
-  }
-}
-void mask_window(Problem& p, std::int64_t shift, std::int64_t width) {
-  for (std::int64_t i = 0; i < p.rows; ++i) {
-    for (std::int64_t j = 0; j < p.keys; ++j)
-      p.visible[i * p.keys + j] = j <= i + shift && j > i + shift - width;
-  }
-}
-// Per strip and tile one of: empty, full, full but for one pair, dense random, one lane, one key.
-void mask_random(Problem& p, unsigned seed) {
-  std::mt19937 gen(seed);
-  for (std::int64_t strip = 0; strip < p.strips(); ++strip) {
-    for (std::int64_t tile = 0; tile * 32 < p.keys; ++tile) {
-      const unsigned kind = gen() % 7, lane = gen() % 32, index = gen() % 32;
-      for (std::int64_t n = 0; n < 32 && strip * 32 + n < p.rows; ++n) {
-        for (std::int64_t j = 0; j < 32 && tile * 32 + j < p.keys; ++j) {
-          const bool here = n == lane && j == index;
-          const bool options[] = {false, true, true, !here, gen() % 2 == 0, n == lane, j == index};
-          p.visible[(strip * 32 + n) * p.keys + tile * 32 + j] = options[kind];
-        }
-      }
-    }
-  }
-}
-
-constexpr Dims kMaskDims[] = {{32, 32},   {64, 64},   {80, 80},  {96, 96},
-                              {128, 128}, {192, 128}, {256, 256}};
 
 TEST_P(AmxKernel, CausalAndWindows) {
   for (const Dims d : kMaskDims) {
@@ -417,14 +373,6 @@ TEST_P(AmxKernel, SoftCapAndBias) {
       }
     }
   }
-}
-
-void drop_pairs(Problem& p, double probability, unsigned seed) {
-  std::mt19937 gen(seed);
-  std::bernoulli_distribution keep(1 - probability);
-  p.rule.dropout = true, p.rule.keep_scale = static_cast<float>(1 / (1 - probability));
-  p.kept.resize(p.rows * p.keys);
-  std::generate(p.kept.begin(), p.kept.end(), [&] { return keep(gen); });
 }
 
 // Dropped pairs count in lse and in the sum that divides, not in out. References are raised, too,

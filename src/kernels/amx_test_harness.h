@@ -2,7 +2,10 @@
 // double precision.
 #pragma once
 
+#include <cpuid.h>
 #include <gtest/gtest.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -113,6 +116,55 @@ inline Problem score_problem(std::int64_t keys, const std::function<float(std::i
   return p;
 }
 
+inline bool has_amx() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  constexpr unsigned kTilesAndBf16 = 1U << 24 | 1U << 22;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  return (d & kTilesAndBf16) == kTilesAndBf16 &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+// Visible sets that give full, partial and empty tiles in all orders.
+inline void mask_causal(Problem& p, std::int64_t shift) {
+  for (std::int64_t i = 0; i < p.rows; ++i) {
+    for (std::int64_t j = 0; j < p.keys; ++j) p.visible[i * p.keys + j] = j <= i + shift;
+  }
+}
+inline void mask_window(Problem& p, std::int64_t shift, std::int64_t width) {
+  for (std::int64_t i = 0; i < p.rows; ++i) {
+    for (std::int64_t j = 0; j < p.keys; ++j)
+      p.visible[i * p.keys + j] = j <= i + shift && j > i + shift - width;
+  }
+}
+// Per strip and tile one of: empty, full, full but for one pair, dense random, one lane, one key.
+inline void mask_random(Problem& p, unsigned seed) {
+  std::mt19937 gen(seed);
+  for (std::int64_t strip = 0; strip < p.strips(); ++strip) {
+    for (std::int64_t tile = 0; tile * 32 < p.keys; ++tile) {
+      const unsigned kind = gen() % 7, lane = gen() % 32, index = gen() % 32;
+      for (std::int64_t n = 0; n < 32 && strip * 32 + n < p.rows; ++n) {
+        for (std::int64_t j = 0; j < 32 && tile * 32 + j < p.keys; ++j) {
+          const bool here = n == lane && j == index;
+          const bool options[] = {false, true, true, !here, gen() % 2 == 0, n == lane, j == index};
+          p.visible[(strip * 32 + n) * p.keys + tile * 32 + j] = options[kind];
+        }
+      }
+    }
+  }
+}
+
+inline constexpr Dims kMaskDims[] = {{32, 32},   {64, 64},   {80, 80},  {96, 96},
+                                     {128, 128}, {192, 128}, {256, 256}};
+
+inline void drop_pairs(Problem& p, double probability, unsigned seed) {
+  std::mt19937 gen(seed);
+  std::bernoulli_distribution keep(1 - probability);
+  p.rule.dropout = true, p.rule.keep_scale = static_cast<float>(1 / (1 - probability));
+  p.kept.resize(p.rows * p.keys);
+  std::generate(p.kept.begin(), p.kept.end(), [&] { return keep(gen); });
+}
+
 struct Result {
   std::vector<float> out, lse;
 };
@@ -155,13 +207,13 @@ struct StripInput {
   std::vector<std::uint32_t> lane_bits, keep_bits;
   std::vector<float> bias;
 
-  StripInput(const Problem& p, std::int64_t strip) {
-    const std::int64_t tiles = (p.keys + 31) / 32;
-    tile_class.resize(tiles), lane_bits.resize(tiles * 32), bias.assign(tiles * 32 * 32, kNan);
-    keep_bits.resize(tiles * 32);
+  StripInput(const Problem& p, std::int64_t strip, std::int64_t tile_keys = 32) {
+    const std::int64_t tiles = (p.keys + tile_keys - 1) / tile_keys, keys = tiles * tile_keys;
+    tile_class.resize(tiles), lane_bits.resize(keys), bias.assign(keys * 32, kNan);
+    keep_bits.resize(keys);
     for (std::int64_t tile = 0; tile < tiles; ++tile) {
       std::uint32_t any = 0, all = ~0U;
-      for (std::int64_t key = tile * 32; key < tile * 32 + 32; ++key) {
+      for (std::int64_t key = tile * tile_keys; key < tile * tile_keys + tile_keys; ++key) {
         for (std::int64_t n = 0; n < 32; ++n) {
           const std::int64_t row = strip * 32 + n;
           const bool sees = key < p.keys && row < p.rows && p.sees(row, key);
@@ -175,10 +227,10 @@ struct StripInput {
         // Lanes beyond the last row do not matter: whoever fills them may give the tile as full.
         all &= lane_bits[key] | (p.rows < strip * 32 + 32 ? ~0U << (p.rows - strip * 32) : 0);
       }
-      const bool full = all == ~0U && tile * 32 + 32 <= p.keys && !p.all_partial && !p.rule.bias;
+      const bool full = all == ~0U && (tile + 1) * tile_keys <= p.keys && !p.all_partial;
       tile_class[tile] = any == 0 ? kTileEmpty : full ? kTileFull : kTilePartial;
       if (tile_class[tile] != kTilePartial)
-        std::fill_n(lane_bits.begin() + tile * 32, 32, 0x5a5a5a5aU);
+        std::fill_n(lane_bits.begin() + tile * tile_keys, tile_keys, 0x5a5a5a5aU);
     }
   }
 };

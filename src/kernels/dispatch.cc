@@ -55,10 +55,11 @@ const Entry kEntries[] = {
     {"avx512_bf16", [] { return highway_has<HWY_AVX3>() && cpu_features().avx512_bf16; },
      bfloat16_only, avx512_bf16_forward, avx512_bf16_backward,
      [] { return vector_terms("avx512"); }, "bfloat16 dot products"},
-    {kSimulated, highway_has<HWY_AVX3>, bfloat16_only, amx_simulated_forward, avx512_bf16_backward,
-     [] { return vector_terms("avx512"); }, "the AMX kernel on simulated tiles"},
+    {kSimulated, highway_has<HWY_AVX3>, bfloat16_only, amx_simulated_forward,
+     amx_simulated_backward, [] { return vector_terms("avx512"); },
+     "the AMX kernel on simulated tiles"},
     {"amx", [] { return highway_has<HWY_AVX3>() && cpu_features().amx_bf16; }, bfloat16_only,
-     amx_bf16_forward, avx512_bf16_backward, [] { return vector_terms("avx512"); },
+     amx_bf16_forward, amx_bf16_backward, [] { return vector_terms("avx512"); },
      "bfloat16 tile products"},
 };
 #else
