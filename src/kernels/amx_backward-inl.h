@@ -15,8 +15,7 @@
 namespace annulus {
 namespace {
 
-// ------------------------------------------------------------------------------------------
-// vector work of a square, by pieces of two keys
+// --------------------------------------------- vector work of a square, by pieces of two keys
 
 constexpr int kPieces = kTileKeys / 2;
 
@@ -187,7 +186,7 @@ class BackwardPass {
             ds_pairs_ + at};
   }
 
-  // ---------------------------------------------------------------------------------------- P, dS
+  // ---------------------------------------------------------------------------------- P and dS
 
   [[gnu::noinline]] void stream() {
     Square now = square(streamed_[0]), before = now;
@@ -294,8 +293,7 @@ class BackwardPass {
     }
   }
 
-  // ---------------------------------------------------------------------------------------- dV,
-  // dK, dQ
+  // ------------------------------------------------------------------------------ dV, dK and dQ
 
   // C of (tile, unit) sums over the strips of its tile, that of (strip, unit) over the tiles.
   template <Sum kSum>
@@ -362,8 +360,7 @@ class BackwardPass {
     store_all_c(tiles_, finished);
   }
 
-  // ---------------------------------------------------------------------------------------- by
-  // selection
+  // ------------------------------------------------------------------------------ by selection
 
   // A square by itself: float32 p and dS, each pair adds only what it sees.
   [[gnu::noinline]] void add_selected(const Square& at) {
@@ -381,7 +378,7 @@ class BackwardPass {
         if ((seen >> n & 1) == 0) continue;
         const int i = n / kLanes * 512 + key * kLanes + n % kLanes;
         const float ds = p_[i] == 0 ? 0 : p_[i] * (dp_[i] - at.rows.head->delta[n]);
-        const int pair = n % kLanes * 2 + n / kLanes;  // in a row of pairs (j, j + 16)
+        const int pair = n % kLanes * 32 + n / kLanes;
         if (call_.want_dkv && (kept >> n & 1) != 0) {
           add_row(call_.dv, at.tile * kTileKeys + key, call_.dims.v_head_dim, p[i],
                   at.rows.dout + pair);
@@ -410,8 +407,7 @@ class BackwardPass {
     }
   }
 
-  // ----------------------------------------------------------------------------------------
-  // prefetch
+  // ---------------------------------------------------------------------------------- prefetch
 
   // The next block on its way into the L2, some lines behind each step of the stream.
   void aim_prefetch() {

@@ -114,7 +114,7 @@ bool pack_row_pairs(Bf16* to, const RowSource& source, const char* const (&rows)
   for (int j = 0; j < 16; ++j) {
     const __m512i x = load_unit(source, rows[j], unit, dim);
     const __m512i y = load_unit(source, rows[j + 16], unit, dim);
-    finite &= all_finite(x) & all_finite(y);
+    finite = finite && all_finite(x) && all_finite(y);
     _mm512_storeu_si512(to + j * 32,
                         side_by_side(_mm512_castsi512_si256(x), _mm512_castsi512_si256(y)));
     _mm512_storeu_si512(to + 512 + j * 32, side_by_side(_mm512_extracti64x4_epi64(x, 1),

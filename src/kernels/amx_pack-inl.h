@@ -219,7 +219,7 @@ bool pack_transposed(Bf16* to, const RowSource& source, const char* const (&rows
   for (int j = 0; j < 16; ++j) {
     const __m512i even = load_unit(source, rows[2 * j], unit, dim);
     const __m512i odd = load_unit(source, rows[2 * j + 1], unit, dim);
-    finite &= all_finite(even) & all_finite(odd);
+    finite = finite && all_finite(even) && all_finite(odd);
     low[j] = side_by_side(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd));
     high[j] = side_by_side(_mm512_extracti64x4_epi64(even, 1), _mm512_extracti64x4_epi64(odd, 1));
   }

@@ -18,7 +18,7 @@ amx_simulated_forward();  // the AMX kernel over tile operations in plain C++; n
 const ForwardKernel* vector_forward(const std::string& target);
 const BackwardKernel* avx512_bf16_backward();
 const BackwardKernel* amx_bf16_backward();
-const BackwardKernel* amx_simulated_backward();
+const BackwardKernel* amx_simulated_backward();  // likewise
 const BackwardKernel* vector_backward(const std::string& target);
 const TermKernel* vector_terms(const std::string& target);
 
