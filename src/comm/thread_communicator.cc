@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <cstring>
 #include <deque>
 #include <map>
 #include <mutex>
@@ -11,6 +12,7 @@
 #include <tuple>
 
 #include "annulus/communicator.h"
+#include "base/aligned_buffer.h"
 #include "base/fail.h"
 
 namespace annulus {
@@ -36,6 +38,14 @@ Parcel parcel_of(std::vector<std::byte> bytes) {
   return {std::span<const std::byte>(*owned), owned};
 }
 
+// Copies blocks to where kernels can read them.
+Parcel aligned_copy(std::span<const std::byte> bytes) {
+  const auto size = static_cast<std::int64_t>(bytes.size());
+  const auto owned = std::make_shared<const AlignedBuffer>(size);
+  if (size > 0) std::memcpy(owned->data(), bytes.data(), bytes.size());
+  return {std::span<const std::byte>(owned->data(), bytes.size()), owned};
+}
+
 struct Gathering {
   std::vector<Parcel> parts;
   int arrived = 0;
@@ -49,7 +59,7 @@ class World {
   [[nodiscard]] int size() const { return static_cast<int>(ranks_.size()); }
 
   void send(int from, int to, const Tag& tag, Parcel parcel) {
-    if (!options_.lend) parcel = parcel_of({parcel.bytes.begin(), parcel.bytes.end()});
+    if (!options_.lend) parcel = aligned_copy(parcel.bytes);
     const std::lock_guard lock(mutex_);
     throw_if_failed();
     boxes_[{from, to, tag.channel}].push_back({tag, std::move(parcel)});
