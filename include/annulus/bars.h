@@ -125,12 +125,16 @@ struct CheckOptions {
 CheckOptions check_options(const Oracle& oracle, DType out_dtype, bool bf16_probabilities);
 
 // Bar N5: the largest error that rounding can explain in element d,
-//   u_out |O| + (2 g(n) scale |q| max|k| + g(N) + 8 u + u_p) sum p|v|,   g(n) = n u / (1 - n u),
+//   u_out |O| + (2 g(n) scale |q| max|k| + g(N) + 8 u) sum p|v| + u_p (sum p|v| + |O|),
+//   g(n) = n u / (1 - n u),
 // with n = head_dim + 4: the scale's rounding, its product and the subtraction of the row's maximum
 // (up to twice the score) are roundings of the score as well. N counts visible keys and sinks. Cap,
 // bias and sinks add 2 c u max|score|: c = 8 for a cap (tanh within 4 ulp, three products), 3 for a
 // bias and 3 for sinks (one sum, one subtraction of up to twice the score). Dropout adds 2 u: 1 /
 // (1 - dropout_prob), made in double and rounded, and its product.
+// Rounded p, p (1 + e) with |e| <= u_p, are divided by their own sum, 1 + mean e times the exact
+// one: sum p (e - mean e) v is at most u_p (sum p|v| + |O|). With two keys of like weight and
+// values of opposite sign it comes close.
 double element_bound(const Row& exact, std::size_t d, const CheckOptions& options);
 
 // Standard deviation of element d's error in an implementation as good as the bars ask, from

@@ -92,11 +92,14 @@ double element_bound(const Row& exact, std::size_t d, const CheckOptions& option
   const auto terms = static_cast<double>(exact.visible + exact.sinks);
   const double weights = 2 * roundings(static_cast<double>(options.head_dim + 4)) * largest_score +
                          2 * extra * kUnit * exact.max_abs_score + roundings(terms) + 8 * kUnit +
-                         (options.dropout ? 2 * kUnit : 0) +
-                         (options.bf16_probabilities ? unit_roundoff(DType::kBFloat16) : 0);
+                         (options.dropout ? 2 * kUnit : 0);
+  const double rounded_weights = options.bf16_probabilities ? unit_roundoff(DType::kBFloat16) *
+                                                                  (exact.abs_out[d] + std::abs(out))
+                                                            : 0;
   const double output =
       std::max(unit_roundoff(options.out_dtype) * std::abs(out), spacing(options.out_dtype, 0) / 2);
-  return output + weights * exact.abs_out[d] + terms * kExpFloor * exact.max_abs_v;
+  return output + rounded_weights + weights * exact.abs_out[d] +
+         terms * kExpFloor * exact.max_abs_v;
 }
 
 double chance_error(const Row& exact, std::size_t d, const CheckOptions& options) {
