@@ -98,7 +98,7 @@ inline Shape grid_shape(const Cell& cell) {
   s.batch = cell.number(kBatch);
   std::tie(s.heads, s.kv_heads) = cell.numbers(kHeads);
   std::tie(s.head_dim, s.v_head_dim) = cell.numbers(kDims);
-  constexpr double kBudget = 1.2e6;
+  constexpr double kBudget = 5e5;
   const double per_pair = static_cast<double>(s.batch * s.heads * (s.head_dim + s.v_head_dim + 20));
   const auto most = static_cast<std::int64_t>(std::sqrt(kBudget / per_pair));
   const std::int64_t even = std::clamp<std::int64_t>(most / 2 * 2, 10, 144), odd = even - 1;
