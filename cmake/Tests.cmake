@@ -26,6 +26,15 @@ foreach(source IN LISTS test_sources)
   target_include_directories(${test} PRIVATE src tests)
   target_link_libraries(${test} PRIVATE annulus GTest::gtest_main fmt::fmt nlohmann_json::nlohmann_json rapidcheck
     PkgConfig::ANNULUS_HWY Threads::Threads)
+  # Long ones in two halves, so that two cores share them.
+  if(test STREQUAL "grid_test")
+    foreach(shard 0 1)
+      add_test(NAME ${test}_${shard} COMMAND ${test})
+      set_tests_properties(${test}_${shard} PROPERTIES LABELS unit
+        ENVIRONMENT "GTEST_TOTAL_SHARDS=2;GTEST_SHARD_INDEX=${shard}")
+    endforeach()
+    continue()
+  endif()
   add_test(NAME ${test} COMMAND ${test})
   set_tests_properties(${test} PROPERTIES LABELS unit)
 endforeach()

@@ -162,14 +162,12 @@ inline void find_statistics(GridProblem& p, GridSummary& summary) {
                  summary.exact_lse.mutable_view(), p.options);
 }
 
-// The gradients of float32 programs are judged from q, k and v alone. bfloat16 probabilities leave
-// their rounding in out, and products of pairs theirs in lse: what is made of the two is judged
-// with them given.
+// The forward's errors are in out, and those of products of bfloat16 pairs in lse, which the
+// forward's bars judge: what is made of the two is judged with them given.
 inline reference::BackwardInputs backward_inputs(GridProblem& p, GridSummary& summary) {
-  reference::BackwardInputs inputs{.dout = p.dout, .out = {}, .lse = {}};
-  if (summary.own_delta && summary.bf16_forward) find_statistics(p, summary);
-  if (!summary.own_delta) inputs.out = p.out;
-  if (summary.own_delta && summary.bf16_forward) inputs.out = summary.exact_out;
+  if (summary.own_delta) find_statistics(p, summary);
+  reference::BackwardInputs inputs{.dout = p.dout, .out = p.out, .lse = {}};
+  if (summary.own_delta) inputs.out = summary.exact_out;
   if (summary.bf16_forward && !summary.bf16_backward)
     inputs.lse = summary.own_delta ? TensorView(summary.exact_lse) : TensorView(p.lse);
   return inputs;
