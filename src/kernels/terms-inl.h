@@ -12,80 +12,103 @@ namespace annulus {
 namespace HWY_NAMESPACE {
 namespace {
 
-using Word = hn::VFromD<U>;
-
 constexpr std::uint32_t kPhiloxM0 = 0xD2511F53U, kPhiloxM1 = 0xCD9E8D57U;
 constexpr std::uint32_t kPhiloxW0 = 0x9E3779B9U, kPhiloxW1 = 0xBB67AE85U;
+constexpr int kRounds = 10;
 
-// High and low halves of a * m.
-HWY_INLINE void WideMultiply(Word a, std::uint32_t m, Word& high, Word& low) {
+// A word per 64-bit lane, in its lower half: products then need no shuffles. What is in the upper
+// half is never looked at.
 #if HWY_TARGET == HWY_SCALAR
-  const std::uint64_t product = std::uint64_t{a.raw} * m;
-  high = hn::Set(kU, static_cast<std::uint32_t>(product >> 32));
-  low = hn::Set(kU, static_cast<std::uint32_t>(product));
+using Words = hn::ScalableTag<std::uint64_t>;
 #else
-  const hn::Repartition<std::uint64_t, U> wide;
-  const Word factor = hn::Set(kU, m);
-  const auto even = hn::MulEven(a, factor);
-  const auto odd = hn::MulEven(hn::BitCast(kU, hn::ShiftRight<32>(hn::BitCast(wide, a))), factor);
-  low = hn::OddEven(hn::BitCast(kU, hn::ShiftLeft<32>(odd)), hn::BitCast(kU, even));
-  high = hn::OddEven(hn::BitCast(kU, odd), hn::BitCast(kU, hn::ShiftRight<32>(even)));
+using Words = hn::Repartition<std::uint64_t, U>;
+#endif
+using W = hn::VFromD<Words>;
+constexpr Words kWords;
+constexpr int kWordLanes = HWY_LANES(std::uint64_t);
+
+HWY_INLINE W SetWord(std::uint32_t x) { return hn::Set(kWords, std::uint64_t{x}); }
+HWY_INLINE W Product(W a, W m) {
+#if HWY_TARGET == HWY_SCALAR
+  return W(std::uint64_t{static_cast<std::uint32_t>(a.raw)} * m.raw);
+#else
+  return hn::MulEven(hn::BitCast(kU, a), hn::BitCast(kU, m));
 #endif
 }
-
-struct Counter {
-  Word x[4];
-};
-
-HWY_INLINE void PhiloxRound(Counter& c, std::uint32_t k0, std::uint32_t k1) {
-  Word high0, low0, high1, low1;
-  WideMultiply(c.x[0], kPhiloxM0, high0, low0);
-  WideMultiply(c.x[2], kPhiloxM1, high1, low1);
-  c.x[0] = hn::Xor(hn::Xor(high1, c.x[1]), hn::Set(kU, k0));
-  c.x[1] = low1;
-  c.x[2] = hn::Xor(hn::Xor(high0, c.x[3]), hn::Set(kU, k1));
-  c.x[3] = low0;
+HWY_INLINE W High(W product) { return hn::ShiftRight<32>(product); }
+// Bit n is set iff the lower word of lane n is above `last`, which may be -1.
+HWY_INLINE std::uint32_t AboveBits(W words, std::int64_t last) {
+  const hn::RebindToSigned<Words> d;
+  const auto word = hn::BitCast(d, hn::And(words, hn::Set(kWords, 0xFFFFFFFFU)));
+  std::uint8_t bytes[8] = {};
+  hn::StoreMaskBits(d, hn::Gt(word, hn::Set(d, last)), bytes);
+  return bytes[0] & ((1U << kWordLanes) - 1);
 }
 
-// Counter words are batch, head, query, key. Heads and queries differ by lane only and keys by row
-// only, which leaves half of the first three rounds out of the loop over keys: after round 2 words
-// 2 and 3 depend on the lane alone, words 0 and 1 on lane xor row.
+// Keys of the rounds.
+struct PhiloxKey {
+  std::uint32_t k0[kRounds], k1[kRounds];
+  explicit PhiloxKey(std::uint64_t seed) {
+    k0[0] = static_cast<std::uint32_t>(seed), k1[0] = static_cast<std::uint32_t>(seed >> 32);
+    for (int i = 1; i < kRounds; ++i) k0[i] = k0[i - 1] + kPhiloxW0, k1[i] = k1[i - 1] + kPhiloxW1;
+  }
+};
+
+// What depends on the lane alone: counter words are batch, head, query, key, so after round 2 words
+// 2 and 3 know no key, and after round 3 word 1 and half of word 0.
+struct PhiloxLanes {
+  W one;          // after round 1, word 1
+  W three;        // after round 2, word 3
+  W high2, low2;  // round 3's product of word 2
+  PhiloxLanes(const std::uint64_t* zero, const std::uint64_t* first, std::uint32_t batch_low,
+              const PhiloxKey& key)
+      : one(hn::Load(kWords, first)) {
+    const W product = Product(hn::Load(kWords, zero), SetWord(kPhiloxM0));
+    three = product;
+    const W two = hn::Xor(High(product), SetWord(batch_low ^ key.k1[1]));
+    low2 = Product(two, SetWord(kPhiloxM1)), high2 = High(low2);
+  }
+};
+
+// The first word of the block of one key and some lanes; `key_high`, `key_low`: round 2's product
+// of word 2, which knows no lane.
+HWY_INLINE W FirstWord(const PhiloxLanes& lanes, std::uint32_t key_high, std::uint32_t key_low,
+                       const PhiloxKey& key) {
+  const W m0 = SetWord(kPhiloxM0), m1 = SetWord(kPhiloxM1);
+  W product0 = Product(hn::Xor(lanes.one, SetWord(key_high ^ key.k0[1])), m0);
+  W x0 = hn::Xor(lanes.high2, SetWord(key_low ^ key.k0[2])), x1 = lanes.low2;
+  W x2 = hn::Xor(hn::Xor(High(product0), lanes.three), SetWord(key.k1[2])), x3 = product0;
+  ANNULUS_UNROLL for (int i = 3; i < kRounds - 1; ++i) {
+    product0 = Product(x0, m0);
+    const W product1 = Product(x2, m1);
+    x0 = hn::Xor(hn::Xor(High(product1), x1), SetWord(key.k0[i])), x1 = product1;
+    x2 = hn::Xor(hn::Xor(High(product0), x3), SetWord(key.k1[i])), x3 = product0;
+  }
+  return hn::Xor(hn::Xor(High(Product(x2, m1)), x1), SetWord(key.k0[kRounds - 1]));
+}
+
 inline void KeepBits(const DropoutRows& rows, const std::int64_t* keys, std::int64_t num_keys,
                      std::uint32_t* bits) {
-  std::uint32_t k0[10], k1[10];
-  k0[0] = static_cast<std::uint32_t>(rows.seed),
-  k1[0] = static_cast<std::uint32_t>(rows.seed >> 32);
-  for (int i = 1; i < 10; ++i) k0[i] = k0[i - 1] + kPhiloxW0, k1[i] = k1[i - 1] + kPhiloxW1;
+  const PhiloxKey key(rows.seed);
   const std::uint64_t batch = std::uint64_t{kPhiloxM0} * rows.batch;
-  const auto batch_high = static_cast<std::uint32_t>(batch >> 32),
-             batch_low = static_cast<std::uint32_t>(batch);
-  alignas(64) std::uint32_t lane0[kWidth] = {}, lane1[kWidth] = {};
-  for (std::int64_t n = 0; n < rows.count; ++n) {  // round 1, words 0 and 1
+  // Round 1 of words 0 and 1: of the lanes' queries and heads.
+  alignas(64) std::uint64_t zero[kWidth] = {}, one[kWidth] = {};
+  for (std::int64_t n = 0; n < rows.count; ++n) {
     const std::uint64_t product =
         std::uint64_t{kPhiloxM1} * static_cast<std::uint32_t>(rows.query[n]);
-    lane0[n] = static_cast<std::uint32_t>(product >> 32) ^
-               static_cast<std::uint32_t>(rows.head[n]) ^ k0[0];
-    lane1[n] = static_cast<std::uint32_t>(product);
+    zero[n] = (product >> 32) ^ static_cast<std::uint32_t>(rows.head[n]) ^ key.k0[0];
+    one[n] = product;
   }
-  const bool never = rows.threshold == 0;
-  const Word last = hn::Set(kU, static_cast<std::uint32_t>(rows.threshold - (never ? 0 : 1)));
-  for (int c = 0; c < kVecs; ++c) {
-    Word high, low;  // of round 2's product of word 0: rounds 1 and 2 of words 2 and 3
-    WideMultiply(hn::Load(kU, lane0 + c * kLanes), kPhiloxM0, high, low);
-    const Word two = hn::Xor(high, hn::Set(kU, batch_low ^ k1[1])), three = low;
-    const Word one = hn::Load(kU, lane1 + c * kLanes);
+  const std::int64_t last = static_cast<std::int64_t>(rows.threshold) - 1;
+  for (std::int64_t n = 0; n < kWidth; n += kWordLanes) {
+    const PhiloxLanes lanes(zero + n, one + n, static_cast<std::uint32_t>(batch), key);
     for (std::int64_t k = 0; k < num_keys; ++k) {
-      const std::uint64_t product =
-          std::uint64_t{kPhiloxM1} * (batch_high ^ static_cast<std::uint32_t>(keys[k]) ^ k1[0]);
-      Counter counter{{hn::Xor(one, hn::Set(kU, static_cast<std::uint32_t>(product >> 32) ^ k0[1])),
-                       hn::Set(kU, static_cast<std::uint32_t>(product)), two, three}};
-      ANNULUS_UNROLL for (int i = 2; i < 10; ++i) PhiloxRound(counter, k0[i], k1[i]);
-      // Kept iff the word is above the last one that drops; unsigned, so both are flipped.
-      const auto flip = hn::Set(kU, 0x80000000U);
-      const auto kept = hn::Gt(hn::BitCast(kI, hn::Xor(counter.x[0], flip)),
-                               hn::BitCast(kI, hn::Xor(last, flip)));
-      const std::uint32_t mask = never ? ~0U : MaskBits(hn::RebindMask(kF, kept)) << (c * kLanes);
-      bits[k] = c == 0 ? mask : bits[k] | mask;
+      const std::uint32_t word =
+          static_cast<std::uint32_t>(batch >> 32) ^ static_cast<std::uint32_t>(keys[k]) ^ key.k1[0];
+      const std::uint64_t product = std::uint64_t{kPhiloxM1} * word;
+      const W first = FirstWord(lanes, static_cast<std::uint32_t>(product >> 32),
+                                static_cast<std::uint32_t>(product), key);
+      bits[k] = (n == 0 ? 0 : bits[k]) | AboveBits(first, last) << n;
     }
   }
 }

@@ -82,17 +82,6 @@ HWY_INLINE hn::Mask<F> LaneMask(std::uint32_t bits) {
 #endif
 }
 
-// Bit n is set iff lane n is true.
-HWY_INLINE std::uint32_t MaskBits(hn::Mask<F> mask) {
-#if HWY_TARGET <= HWY_AVX3
-  return mask.raw;
-#else
-  std::uint8_t bytes[8] = {};
-  hn::StoreMaskBits(kF, mask, bytes);
-  return bytes[0] & ((1U << kLanes) - 1);
-#endif
-}
-
 // Minimax polynomials of 2^f on [0, 1) with p(0) = 1. Relative error 8.6e-5, 2.9e-6, 8.2e-8 for
 // degree 3, 4, 5.
 template <int kDegree>
