@@ -151,8 +151,9 @@ class BackwardPass {
     std::uint8_t strip, tile;
   };
 
-  // What is not finite in a square where a pair may be hidden or dropped must not be multiplied
-  // with the zeros there.
+  // Where a pair may be hidden or dropped, K, q and dout are multiplied with zeros, so they must be
+  // finite, and so must be what hides the pair's p. What else is not, V or delta, stays with its
+  // pair, whose dS is 0 by selection.
   void sort_squares() {
     for (std::int64_t i = 0; i < call_.strip_count; ++i) {
       const bool strip_finite = BackwardRows(call_.strips[i].packed, sizes_).head->not_finite == 0;

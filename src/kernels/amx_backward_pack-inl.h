@@ -53,7 +53,7 @@ std::int64_t backward_scratch_bytes(Dims dims) {
 // What pack_backward_keys() writes; whole tiles, zero beyond the last key.
 struct BackwardKeys {
   Bf16 *k, *v, *kt;
-  std::uint8_t* not_finite;  // [tile] some element of its keys or values is Inf or NaN
+  std::uint8_t* not_finite;  // [tile] some element of K is Inf or NaN
 
   BackwardKeys(const void* memory, const BackwardSizes& sizes, std::int64_t num_keys)
       : k(static_cast<Bf16*>(const_cast<void*>(memory))) {
@@ -70,7 +70,7 @@ struct BackwardRows {
     alignas(64) float lse[kStripRows];  // log2 units; +inf for a row that sees nothing: its p are 0
     float delta[kStripRows];
     std::uint32_t lanes;      // bit per row; the lanes beyond see nothing
-    std::int32_t not_finite;  // something of a row is not; lse may be -inf
+    std::int32_t not_finite;  // some element of q or dout is not, or some lse is NaN
   };
   const Head* head;
   const Bf16 *qt, *dot, *q, *dout;
@@ -95,19 +95,16 @@ std::int64_t backward_strip_bytes(Dims dims) {
          2 * (sizes.k_units + sizes.v_units) * kSquare * 2;
 }
 
-// One unit of 32 rows as a square of A: [32 rows][32 d]. Returns whether each element is finite.
-bool pack_rows(Bf16* to, const RowSource& source, const char* const (&rows)[32], std::int64_t unit,
+// One unit of 32 rows as a square of A: [32 rows][32 d].
+void pack_rows(Bf16* to, const RowSource& source, const char* const (&rows)[32], std::int64_t unit,
                std::int64_t dim) {
-  bool finite = true;
   for (int r = 0; r < 32; ++r) {
-    const __m512i x = load_unit(source, rows[r], unit, dim);
-    finite &= all_finite(x);
-    _mm512_storeu_si512(to + r * 32, x);
+    _mm512_storeu_si512(to + r * 32, load_unit(source, rows[r], unit, dim));
   }
-  return finite;
 }
 
 // The same as a square of B: [2 halves of d][16 rows][16 d][2], rows j and j + 16 side by side.
+// Returns whether each element is finite.
 bool pack_row_pairs(Bf16* to, const RowSource& source, const char* const (&rows)[32],
                     std::int64_t unit, std::int64_t dim) {
   bool finite = true;
@@ -141,7 +138,7 @@ void pack_backward_keys(void* memory, const RowSource& k, const RowSource& v, Di
     }
     for (std::int64_t u = 0; u < sizes.v_units; ++u) {
       Bf16* to = packed.v + (tile * sizes.v_units + u) * kSquare;
-      finite &= pack_rows(to, v, v_rows, u, dims.v_head_dim);
+      pack_rows(to, v, v_rows, u, dims.v_head_dim);
     }
     packed.not_finite[tile] = finite ? 0 : 1;
   }
@@ -179,7 +176,7 @@ void pack_backward_strip(void* memory, const StripRows& rows, Dims dims) {
     // The usual NaN: see transform().
     if (__builtin_isnan(lse)) lse = kNan;
     if (__builtin_isnan(delta)) delta = kNan;
-    finite &= lse < kInfinity && __builtin_isfinite(delta);
+    finite &= !__builtin_isnan(lse);
     head.lse[n] = lse == -kInfinity ? kInfinity : static_cast<float>(kLog2e * lse);
     head.delta[n] = delta;
   }

@@ -345,9 +345,9 @@ TEST_P(AmxBackward, RandomProblems) {
 
 TEST_P(AmxBackward, RandomTiles) {
   for (const Dims d : kMaskDims) {
-    for (unsigned seed = 0; seed < 3; ++seed) {
+    for (unsigned seed = 0; seed < 2; ++seed) {
       SCOPED_TRACE(testing::Message() << d.head_dim << " seed " << seed);
-      Problem base = normal_problem(d, 700, 290, seed);
+      Problem base = normal_problem(d, 600, 270, seed);
       mask_random(base, seed);
       check(backward_problem(base));
     }
@@ -392,28 +392,28 @@ TEST_P(AmxBackward, HiddenNanAndInfReachNobody) {
   for (const Dims d : {Dims{64, 64}, Dims{128, 128}, Dims{80, 40}, Dims{256, 256}}) {
     for (unsigned seed = 0; seed < 8; ++seed) {
       SCOPED_TRACE(testing::Message() << d.head_dim << " seed " << seed);
-      Problem base = normal_problem(d, 500, 160, seed);
+      Problem base = normal_problem(d, 300, 140, seed);
       if (seed % 2 == 0) mask_random(base, seed);
       if (seed >= 4) drop_pairs(base, 0.3, seed);
+      if (seed % 3 == 0) base.rule.cap = 2;
       const bool any_visible = seed % 4 < 2;
-      for (const std::int64_t key : {3, 40, 200, 389, 390, 499}) {
+      for (const std::int64_t key : {3, 40, 200, 258, 259, 299}) {
         for (std::int64_t i = 0; i < base.rows; ++i)
           base.visible[i * base.keys + key] &= any_visible && i % 16 == 7;
       }
-      for (const std::int64_t row : {0, 33, 34, 150}) {
+      for (const std::int64_t row : {0, 33, 34, 135}) {
         for (std::int64_t j = 0; j < base.keys; ++j)
           base.visible[row * base.keys + j] &= any_visible && j % 16 == 9;
       }
       BackwardProblem p = backward_problem(base, seed);
-      for (const std::int64_t key : {3, 200, 390}) p.k[key * d.head_dim + key % 30] = kNan;
-      for (const std::int64_t key : {40, 389, 499}) {
+      for (const std::int64_t key : {3, 200, 259}) p.k[key * d.head_dim + key % 30] = kNan;
+      for (const std::int64_t key : {40, 258, 299}) {
         p.v[key * d.v_head_dim + key % 30] = key == 40 ? kNan : kInf;
       }
       for (const std::int64_t row : {0, 33}) p.q[row * d.head_dim + row % 30] = kNan;
-      p.dout[34 * d.v_head_dim + 5] = kNan, p.dout[150 * d.v_head_dim + 7] = -kInf;
-      if (!any_visible) p.lse[0] = kNan, p.lse[33] = kInf, p.delta[34] = kNan, p.delta[150] = kInf;
-      check(p);
-      p.all_partial = true;
+      p.dout[34 * d.v_head_dim + 5] = kNan, p.dout[135 * d.v_head_dim + 7] = -kInf;
+      if (!any_visible) p.lse[0] = kNan, p.lse[33] = kInf, p.delta[34] = kNan, p.delta[135] = kInf;
+      p.all_partial = seed % 3 == 2;
       check(p);
     }
   }
