@@ -368,6 +368,7 @@ class BackwardPass {
     multiply_plainly(tiles_, at.scores, sizes_.k_units, s_);
     prepare(at);
     exponentiate(at);
+    blank_unseen(at);
     multiply_plainly(tiles_, at.values, sizes_.v_units, dp_);
     alignas(64) float p[kSquare];  // without the cap's derivative
     memcpy(p, p_, sizeof p);
@@ -390,6 +391,14 @@ class BackwardPass {
         }
         if (call_.want_dq) add_key(at, n, ds, key);
       }
+    }
+  }
+  // An lse of NaN makes p of hidden pairs NaN, too.
+  void blank_unseen(const Square& at) const {
+    for (int i = 0; i < 2 * kTileKeys; ++i) {
+      float* p = p_ + i % 2 * 512 + i / 2 * kLanes;
+      const auto seen = static_cast<__mmask16>(at.seen(i / 2) >> (i % 2 * kLanes));
+      _mm512_store_ps(p, _mm512_maskz_mov_ps(seen, _mm512_load_ps(p)));
     }
   }
   // One query's element of each dimension from pairs [unit][2 halves of d][16][16 d][2].
