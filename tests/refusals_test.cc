@@ -46,7 +46,7 @@ struct Refusal {
   bool forward = true;  // false: of the backward alone
 };
 
-std::vector<Refusal> refusals() {
+std::vector<Refusal> option_refusals() {
   const double kInf = std::numeric_limits<double>::infinity();
   const auto o = [](auto set) { return [set](Call& c) { set(c, c.options.attention); }; };
   using A = AttentionOptions;
@@ -110,6 +110,11 @@ std::vector<Refusal> refusals() {
          c.t.in.q = Tensor(DType::kFloat32, {1, 10, 3, 8});
        }},
   };
+  return list;
+}
+
+// Of what only the backward has.
+void add_backward_refusals(std::vector<Refusal>& list) {
   const auto backward = [&](const char* expected, std::function<void(Call&)> spoil) {
     list.push_back({expected, std::move(spoil), false});
   };
@@ -137,6 +142,11 @@ std::vector<Refusal> refusals() {
   backward("dout", [](Call& c) { c.dout = c.with(DType::kFloat32, {1, 9, 4, 8}); });
   backward("dout", [](Call& c) { c.dout = c.with(DType::kBFloat16, {1, 10, 4, 8}); });
   backward("dout", [](Call& c) { c.dout = {}; });
+}
+
+std::vector<Refusal> refusals() {
+  std::vector<Refusal> list = option_refusals();
+  add_backward_refusals(list);
   return list;
 }
 
