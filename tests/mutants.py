@@ -129,7 +129,7 @@ MUTANTS = [
     Mutant("dropout_by_row", "dropout drawn by local index", "src/ops/query_side.cc",
            "terms.lanes.position};", "terms.lanes.row};"),
     Mutant("dropout_rounds", "generator one round short", "src/kernels/terms-inl.h",
-           "for (int i = 2; i < 10; ++i) PhiloxRound", "for (int i = 2; i < 9; ++i) PhiloxRound"),
+           "for (int i = 3; i < kRounds - 1; ++i) {", "for (int i = 3; i < kRounds - 2; ++i) {"),
 
     # ---------------------------------------------------------------- the ring
     Mutant("stale_keys", "backward uses the keys of step 0 in every step", "src/ops/ring_backward.cc",
