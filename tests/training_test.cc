@@ -3,7 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -57,6 +57,37 @@ TEST(Backward, CausalRing) {
             const auto check = t.run_and_check(options, workers);
             EXPECT_TRUE(check.passed) << check.verdict;
           }
+        }
+      }
+    }
+  }
+}
+
+// What a row sees reaches its gradients, NaN and all; what no row sees reaches nobody.
+TEST(Backward, VisibleNanPropagatesAsInTheOracle) {
+  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const std::string& target : targets_for(dtype)) {
+      for (const char* where : {"q", "k", "v", "dout"}) {
+        for (const bool causal : {false, true}) {
+          SCOPED_TRACE(std::string(name(dtype)) + " " + target + " " + where +
+                       (causal ? " causal" : ""));
+          Training t(dtype, {.q_len = 70,
+                             .kv_len = 70,
+                             .heads = 2,
+                             .kv_heads = 1,
+                             .head_dim = 24,
+                             .v_head_dim = 40});
+          const std::string tensor = where;
+          Tensor& hit = tensor == "q"   ? t.in.q
+                        : tensor == "k" ? t.in.k
+                        : tensor == "v" ? t.in.v
+                                        : t.dout;
+          hit.set(0, 41, 0, 5, kNan);
+          RingOptions options;
+          options.attention.isa = target, options.attention.causal = causal;
+          const auto check = t.run_and_check(options, 1);
+          EXPECT_TRUE(check.passed) << check.verdict;
         }
       }
     }

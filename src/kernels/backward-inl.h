@@ -236,7 +236,7 @@ class BackwardBlock {
   HWY_INLINE V Gradient(int r, int c, const float* delta) const {
     const V p = At(p_ + r * kWidth, c);
     const V ds = hn::Mul(p, hn::Sub(At(dp_ + r * kWidth, c), At(delta, c)));
-    return hn::IfThenElseZero(hn::Ne(p, hn::Zero(kF)), ds);
+    return hn::IfThenZeroElse(hn::Eq(p, hn::Zero(kF)), ds);  // NaN is not equal: it stays
   }
   HWY_INLINE void GradientUnit(int u, const float* delta, char* rows, char* pairs) {
     V ds[2][kVecs];
