@@ -379,7 +379,7 @@ TEST(ElementBound, IsTheFormula) {
                    u * 0.5 + (2 * g(20) * 0.25 * 12 + g(10) + 8 * u) * 2);
   options.out_dtype = DType::kBFloat16;
   options.bf16_probabilities = true;
-  EXPECT_NEAR(element_bound(row, 0, options), 0.5 / 256 + 2.0 / 256, 2e-5);
+  EXPECT_NEAR(element_bound(row, 0, options), 0.5 / 256 + (2.0 + 0.5) / 256, 2e-5);
   row.sinks = 1;
   options = {.head_dim = 16, .softmax_scale = 0.25, .capped = true, .biased = true};
   EXPECT_DOUBLE_EQ(element_bound(row, 0, options),
