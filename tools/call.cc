@@ -28,6 +28,17 @@ void refuse_what_belongs_elsewhere(const Options& options) {
   }
 }
 
+void refuse_without_backward(const Options& options) {
+  if (options.backward) return;
+  const std::pair<const char*, bool> about_gradients[] = {
+      {"--dbias", options.dbias},
+      {"--no-fused-backward", options.no_fused_backward},
+      {"--ring-backward", options.was_given("--ring-backward")}};
+  for (const auto& [name, asked] : about_gradients) {
+    if (asked) fail("add --backward, or leave it out", "{} is about gradients", name);
+  }
+}
+
 Partition partition_of(const Options& options, const Inputs& inputs, int workers) {
   if (options.partition != "positions") return Partition::from_name(options.partition);
   const auto ranks = static_cast<int>(inputs.positions->size());
@@ -67,6 +78,20 @@ std::string plural(std::int64_t count, const char* noun) {
   return fmt::format("{} {}{}", count, noun, count == 1 ? "" : "s");
 }
 
+std::string travel_text(const std::string& ring_backward) {
+  if (ring_backward == "kv") return "k, v, dk and dv travel";
+  if (ring_backward == "q") return "q, dout and dq travel";
+  return "what moves fewer bytes travels, decided when it runs";
+}
+
+std::string backward_line(const Options& options, const Plan& plan) {
+  if (!options.backward) return {};
+  std::string text = fmt::format("2.5 x the forward's {:.4g} GFLOP, {}", plan.flops * 1e-9,
+                                 options.no_fused_backward ? "two passes" : "one pass");
+  if (plan.workers > 1) text += ", " + travel_text(options.ring_backward);
+  return line("backward", text);
+}
+
 }  // namespace
 
 void refuse_absent_features(const Options& options) {
@@ -75,24 +100,11 @@ void refuse_absent_features(const Options& options) {
     fail("choose a probability", "--dropout-prob is {}, expected at least 0 and less than 1",
          options.dropout_prob);
   }
+  refuse_without_backward(options);
   const std::string later = "is not in this build yet";
   if (options.op != "attention") {
     fail<Unsupported>("use --op=attention, which --workers turns into a ring", "--op={} {}",
                       options.op, later);
-  }
-  const std::pair<const char*, bool> backward[] = {
-      {"--backward", options.backward},
-      {"--dbias", options.dbias},
-      {"--no-fused-backward", options.no_fused_backward},
-      {"--ring-backward", options.was_given("--ring-backward")}};
-  for (const auto& [name, asked] : backward) {
-    if (!asked) continue;
-    fail<Unsupported>("leave it out to compute out and lse", "{}: the backward pass {}", name,
-                      later);
-  }
-  if (options.dropout_prob > 0) {
-    fail<Unsupported>("leave it out, or pass --dropout-prob=0", "--dropout-prob={}: dropout {}",
-                      options.dropout_prob, later);
   }
   if (options.num_links > 1) {
     fail<Unsupported>("leave it out: workers of one process read each other's blocks in place",
@@ -122,6 +134,8 @@ AttentionOptions attention_options(const Options& options, const Inputs& inputs)
   attention.logits_soft_cap = options.logits_soft_cap;
   attention.softmax_aux = inputs.softmax_aux;
   attention.bias = inputs.bias;
+  attention.dropout_prob = options.dropout_prob;
+  attention.dropout_seed = options.dropout_seed;
   if (options.softmax_scale && !std::isfinite(*options.softmax_scale)) {
     fail("choose a finite scale", "--softmax-scale is {}, expected a finite number",
          *options.softmax_scale);
@@ -147,6 +161,8 @@ Call make_call(const Options& options, const Inputs& inputs) {
   call.ring.partition = partition_of(options, inputs, call.workers);
   call.ring.kv_partition = kv_partition_of(options, inputs, call.workers);
   call.ring.topology = options.topology == "linear" ? Topology::kLinear : Topology::kRing;
+  call.ring.ring_backward = ring_backward_from_name(options.ring_backward);
+  call.ring.fused_backward = !options.no_fused_backward;
   call.ring.workers.timeout_s = timeout_of(options, call.workers);
   call.ring.workers.stop = stop_requested;
   call.plan = explain(call.workers, inputs.q, inputs.k, inputs.v, call.out_dtype, call.ring);
@@ -171,47 +187,15 @@ Shape out_shape(const Inputs& inputs) {
   return {inputs.q.shape[0], inputs.q.shape[1], inputs.q.shape[2], inputs.v.shape[3]};
 }
 
-std::int64_t output_bytes(const Inputs& inputs, DType out_dtype) {
-  const auto [batch, q_len, heads, dim] = out_shape(inputs);
-  return checked_bytes("out", {batch, q_len, heads, dim}, out_dtype) +
-         checked_bytes("lse", {batch, q_len, heads, 1}, DType::kFloat32);
-}
-
-std::int64_t planned_bytes(std::int64_t at_start, const Inputs& inputs, const Call& call,
-                           int check_threads) {
-  // The library's code and tables that the start has not touched yet, and per thread a stack and an
-  // arena of the allocator as far as they get used.
-  constexpr std::int64_t kAllowance = 6 << 20;
-  constexpr std::int64_t kPerThread = 384 << 10;
-  // One row of the oracle: scores and weights of all keys in double precision, their positions,
-  // bias, and the naive rows beside it.
-  const std::int64_t per_row =
-      inputs.k.shape[1] * 64 + (inputs.q.shape[3] + inputs.v.shape[3]) * 128;
-  const std::int64_t threads =
-      std::int64_t{call.workers} * call.plan.threads_per_worker + check_threads;
-  const std::int64_t computing = call.plan.peak_bytes;
-  const std::int64_t checking = check_threads * per_row;
-  return at_start + inputs.bytes + output_bytes(inputs, call.out_dtype) +
-         std::max(computing, checking) + kAllowance + threads * kPerThread;
-}
-
-Json shapes_json(const Inputs& inputs, Layout layout) {
-  const Layout qk = file_layout(layout, Role::kQueryOrKey),
-               vo = file_layout(layout, Role::kValueOrOut);
-  const Shape out = out_shape(inputs);
-  Json shapes;
-  shapes["q"] = file_shape(inputs.q.shape, qk);
-  shapes["k"] = file_shape(inputs.k.shape, qk);
-  shapes["v"] = file_shape(inputs.v.shape, vo);
-  shapes["out"] = file_shape(out, vo);
-  shapes["lse"] = {out[0], out[2], out[1]};
-  return shapes;
+double flops_of(const Options& options, const Plan& plan) {
+  return options.backward ? 3.5 * plan.flops : plan.flops;
 }
 
 std::string describe_call(const Options& options, const Inputs& inputs, const Call& call) {
   const Plan& plan = call.plan;
   const std::string what =
-      fmt::format("{}, {}, q {}, k {}, v {}", options.op, short_name(name(inputs.q.dtype)),
+      fmt::format("{}{}, {}, q {}, k {}, v {}", options.op,
+                  options.backward ? " and its gradients" : "", short_name(name(inputs.q.dtype)),
                   to_string(inputs.q.shape), to_string(inputs.k.shape), to_string(inputs.v.shape));
   std::string where =
       fmt::format("{} ({}), {} x {}", plan.target, plan.arithmetic, plural(plan.workers, "worker"),
@@ -224,7 +208,8 @@ std::string describe_call(const Options& options, const Inputs& inputs, const Ca
          line("work", fmt::format("{} of {} pairs visible ({}), {:.4g} GFLOP",
                                   count_text(static_cast<double>(plan.pairs_visible)),
                                   count_text(static_cast<double>(plan.pairs_total)),
-                                  percent_text(share), plan.flops * 1e-9));
+                                  percent_text(share), flops_of(options, plan) * 1e-9)) +
+         backward_line(options, plan);
 }
 
 }  // namespace annulus::tools

@@ -34,15 +34,9 @@ DType out_dtype_of(const Options& options, DType of_q);
 bool rounds_probabilities(const std::string& target);
 
 Shape out_shape(const Inputs& inputs);
-std::int64_t output_bytes(const Inputs& inputs, DType out_dtype);
 
-// What the process will use at its peak: itself at its start, inputs, outputs, the call, the rows
-// that `check_threads` compare with the oracle, and an allowance.
-std::int64_t planned_bytes(std::int64_t at_start, const Inputs& inputs, const Call& call,
-                           int check_threads);
-
-// Shapes as in files: {"q": [1, 4096, 1, 64], ...}.
-Json shapes_json(const Inputs& inputs, Layout layout);
+// Of the forward, and with --backward 2.5 times that more: five products where it has two.
+double flops_of(const Options& options, const Plan& plan);
 
 // The call and its plan in a few lines.
 std::string describe_call(const Options& options, const Inputs& inputs, const Call& call);

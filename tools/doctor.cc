@@ -14,6 +14,7 @@
 #include "json.h"
 #include "option_group.h"
 #include "oracle_check.h"
+#include "outputs.h"
 #include "process.h"
 #include "text.h"
 #include "verbs.h"
@@ -62,22 +63,19 @@ Options test_shape(DType dtype) {
 SelfTest self_test(const std::string& target, DType dtype, int workers) {
   SelfTest test{target, dtype, workers, false, {}};
   try {
-    Inputs inputs = open_inputs(test_shape(dtype));
+    const Options shape = test_shape(dtype);
+    Inputs inputs = open_inputs(shape);
     make_inputs(inputs, 1, 1);
-    const Shape shape = out_shape(inputs);
-    const Storage out_memory(checked_bytes("out", shape, dtype));
-    const Storage lse_memory(output_bytes(inputs, dtype));
-    const MutableTensorView out{out_memory.data(), dtype, shape, dense_strides(shape)};
-    const TensorView lse = lse_view(lse_memory.data(), shape);
+    const Outputs outputs = make_outputs(shape, inputs);
     RingOptions ring;
     ring.attention.causal = true;
     ring.attention.isa = target;
     ring.attention.threads = 1;
     ring.partition = Partition::zigzag();
-    ring_attention(workers, inputs.q, inputs.k, inputs.v, out,
-                   {lse_memory.data(), lse.dtype, lse.shape, lse.strides}, ring);
+    ring_attention(workers, inputs.q, inputs.k, inputs.v, outputs.out, outputs.lse, ring);
     OracleCheck check;
-    check.q = inputs.q, check.k = inputs.k, check.v = inputs.v, check.out = out, check.lse = lse;
+    check.q = inputs.q, check.k = inputs.k, check.v = inputs.v, check.out = outputs.out,
+    check.lse = outputs.lse;
     check.options = ring.attention;
     check.bf16_probabilities = rounds_probabilities(target);
     check.threads = allowed_cpus();

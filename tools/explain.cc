@@ -36,31 +36,38 @@ Json plan_json(const Options& options, const Inputs& inputs, const Call& call,
                      {"send_to", step.send_to},
                      {"bytes", step.bytes}});
   }
-  return {{"op", options.op},
-          {"shapes", shapes_json(inputs, layout_from_name(options.layout))},
-          {"dtype", short_name(name(inputs.q.dtype))},
-          {"out_dtype", short_name(name(call.out_dtype))},
-          {"target", plan.target},
-          {"arithmetic", plan.arithmetic},
-          {"mask", plan.mask},
-          {"workers", plan.workers},
-          {"threads_per_worker", plan.threads_per_worker},
-          {"partition", options.partition},
-          {"topology", options.topology},
-          {"q_rows", plan.q_rows},
-          {"kv_rows", plan.kv_rows},
-          {"pairs_visible", plan.pairs_visible},
-          {"pairs_total", plan.pairs_total},
-          {"flops", plan.flops},
-          {"bytes_sent_per_rank", plan.bytes_sent_per_rank},
-          {"strip_rows", plan.strip_rows},
-          {"tile_keys", plan.tile_keys},
-          {"panel_keys", plan.panel_keys},
-          {"item_rows", plan.item_rows},
-          {"peak_bytes_of_call", plan.peak_bytes},
-          {"peak_bytes_planned", planned},
-          {"notes", plan.notes},
-          {"steps", steps}};
+  Json json{{"op", options.op},
+            {"shapes", shapes_json(options, inputs)},
+            {"dtype", short_name(name(inputs.q.dtype))},
+            {"out_dtype", short_name(name(call.out_dtype))},
+            {"target", plan.target},
+            {"arithmetic", plan.arithmetic},
+            {"mask", plan.mask},
+            {"workers", plan.workers},
+            {"threads_per_worker", plan.threads_per_worker},
+            {"partition", options.partition},
+            {"topology", options.topology},
+            {"q_rows", plan.q_rows},
+            {"kv_rows", plan.kv_rows},
+            {"pairs_visible", plan.pairs_visible},
+            {"pairs_total", plan.pairs_total},
+            {"flops", flops_of(options, plan)},
+            {"bytes_sent_per_rank", plan.bytes_sent_per_rank},
+            {"strip_rows", plan.strip_rows},
+            {"tile_keys", plan.tile_keys},
+            {"panel_keys", plan.panel_keys},
+            {"item_rows", plan.item_rows},
+            {"peak_bytes_of_call", plan.peak_bytes},
+            {"peak_bytes_planned", planned},
+            {"notes", plan.notes},
+            {"steps", steps}};
+  if (options.backward) {
+    json["backward"] = {{"flops", flops_of(options, plan) - plan.flops},
+                        {"fused", !options.no_fused_backward},
+                        {"ring_backward", options.ring_backward},
+                        {"peak_bytes_at_most", backward_bytes(options, inputs, call)}};
+  }
+  return json;
 }
 
 struct RankTotals {
@@ -126,6 +133,10 @@ void print_plan(const Options& options, const Inputs& inputs, const Call& call,
   fmt::print("{:<9}{} for the call, {} for the process\n", "memory",
              byte_text(static_cast<double>(plan.peak_bytes)),
              byte_text(static_cast<double>(planned)));
+  if (options.backward) {
+    fmt::print("{:<9}{} at most for the backward; the lines below are the forward's\n", "",
+               byte_text(static_cast<double>(backward_bytes(options, inputs, call))));
+  }
   for (const std::string& note : plan.notes) fmt::print("{:<9}{}\n", "note", note);
   if (plan.workers == 1) return;
   fmt::print("\n{}", rank_table(plan));
@@ -144,7 +155,7 @@ int explain_main(int argc, char** argv) {
   const std::int64_t at_start = resident_bytes();
   const Inputs inputs = open_inputs(options);
   const Call call = make_call(options, inputs);
-  const std::int64_t planned = planned_bytes(at_start, inputs, call, check_threads(options));
+  const std::int64_t planned = planned_bytes(at_start, options, inputs, call);
   if (options.json) {
     fmt::print("{}\n", to_text(plan_json(options, inputs, call, planned)));
   } else if (!options.quiet) {

@@ -181,6 +181,19 @@ void take_qkv(Inputs& inputs, const FileTensors& file, Layout layout) {
                   {"num_kv_heads", inputs.k.shape[2]}, {"v_head_dim"});
 }
 
+// Like out, in the dtype of q or float32.
+void take_dout(Inputs& inputs, const FileTensors& file, Layout layout) {
+  const Layout stored = file_layout(layout, Role::kValueOrOut);
+  const auto [batch, q_len, heads, dim] = inputs.q.shape;
+  const NamedTensor& tensor = file.require("dout");
+  std::vector<DType> dtypes{inputs.q.dtype};
+  if (inputs.q.dtype != DType::kFloat32) dtypes.push_back(DType::kFloat32);
+  const DType dtype = file.dtype(tensor, dtypes);
+  file.shape(tensor, {attention_axes(stored, {"batch", batch}, {"q_len", q_len},
+                                     {"num_heads", heads}, {"v_head_dim", inputs.v.shape[3]})});
+  inputs.dout = dense_view(tensor.data, dtype, logical_shape(tensor.shape, stored), stored);
+}
+
 void take_optional(Inputs& inputs, const FileTensors& file) {
   const auto [batch, q_len, heads, dim] = inputs.q.shape;
   const std::int64_t kv_len = inputs.k.shape[1];
@@ -236,6 +249,8 @@ Inputs read_inputs(const Options& options) {
   file.check_names(options.ignore_extra);
   take_qkv(inputs, file, layout_from_name(options.layout));
   take_optional(inputs, file);
+  if (options.backward) take_dout(inputs, file, layout_from_name(options.layout));
+  if (options.dbias) file.require("bias");
   if (options.partition == "positions") {
     file.require("positions");
     inputs.positions = take_positions(file, "positions");
@@ -253,6 +268,10 @@ Inputs lay_out_inputs(const Options& options) {
   }
   if (options.ignore_extra)
     fail("leave it out", "--ignore-extra is about INPUT, but there is none");
+  if (options.dbias) {
+    fail("store 'bias' [batch or 1, heads or 1, q, kv] in INPUT, or leave out --dbias",
+         "--dbias needs an INPUT with bias");
+  }
   const DType dtype = dtype_from_name(options.dtype);
   const Layout layout = layout_from_name(options.layout);
   const std::int64_t kv_heads = options.kv_heads.value_or(options.heads);
@@ -260,17 +279,21 @@ Inputs lay_out_inputs(const Options& options) {
   const Shape q{options.batch, options.tokens, options.heads, options.head_dim};
   const Shape k{options.batch, kv_len, kv_heads, options.head_dim};
   const Shape v{options.batch, kv_len, kv_heads, options.v_head_dim.value_or(options.head_dim)};
+  const Shape out{q[0], q[1], q[2], v[3]};
   Inputs inputs;
-  inputs.bytes = 0;
-  for (const auto& [name, shape] : {std::pair{"q", q}, std::pair{"k", k}, std::pair{"v", v}}) {
+  std::vector<std::pair<const char*, Shape>> made{{"q", q}, {"k", k}, {"v", v}};
+  if (options.backward) made.emplace_back("dout", out);
+  for (const auto& [name, shape] : made) {
     const std::int64_t bytes = checked_bytes(name, shape, dtype);
     if (__builtin_add_overflow(inputs.bytes, bytes, &inputs.bytes)) {
-      fail("ask for smaller extents", "the sizes of q, k and v do not fit 63 bits");
+      fail("ask for smaller extents", "the sizes of the inputs do not fit 63 bits");
     }
   }
   inputs.q = dense_view(nullptr, dtype, q, file_layout(layout, Role::kQueryOrKey));
   inputs.k = dense_view(nullptr, dtype, k, file_layout(layout, Role::kQueryOrKey));
   inputs.v = dense_view(nullptr, dtype, v, file_layout(layout, Role::kValueOrOut));
+  if (options.backward)
+    inputs.dout = dense_view(nullptr, dtype, out, file_layout(layout, Role::kValueOrOut));
   return inputs;
 }
 
@@ -311,7 +334,9 @@ void fill_normal(std::byte* to, DType dtype, std::int64_t count, std::uint64_t s
 
 void make_inputs(Inputs& inputs, std::uint64_t seed, int threads) {
   std::uint64_t tensor = 0;
-  for (TensorView* view : {&inputs.q, &inputs.k, &inputs.v}) {
+  std::vector<TensorView*> views{&inputs.q, &inputs.k, &inputs.v};
+  if (inputs.dout) views.push_back(&*inputs.dout);
+  for (TensorView* view : views) {
     const auto [b, s, h, d] = view->shape;
     const std::int64_t count = b * s * h * d;
     inputs.made.emplace_back(count * size_bytes(view->dtype));

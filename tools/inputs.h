@@ -12,10 +12,11 @@
 
 namespace annulus::tools {
 
-// Shapes are those of the file; without INPUT, q, k and v have shapes but no data until
+// Shapes are those of the file; without INPUT, q, k, v and dout have shapes but no data until
 // make_inputs().
 struct Inputs {
   TensorView q, k, v;
+  std::optional<TensorView> dout;  // with --backward
   TensorView q_segment_ids, kv_segment_ids, softmax_aux, bias, attention_mask, kv_lengths;
   std::optional<std::vector<std::vector<std::int64_t>>> positions, kv_positions;  // per rank
   std::int64_t bytes = 0;  // that the tensors take in memory
@@ -29,7 +30,7 @@ struct Inputs {
 // SafetensorsFile does.
 Inputs open_inputs(const Options& options);
 
-// Fills q, k and v of inputs without a file. A value depends on seed, tensor and index alone.
+// Fills q, k, v and dout of inputs without a file. A value depends on seed, tensor and index alone.
 void make_inputs(Inputs& inputs, std::uint64_t seed, int threads);
 
 // Standard normal numbers; number `index` of stream (seed, tensor).

@@ -24,6 +24,17 @@ CLI::Validator unspoken(const Validator& validator) {
   return CLI::Validator(validator).description("");
 }
 CLI::Validator extent() { return unspoken(CLI::Range(std::int64_t{0}, kMost)); }
+// Left alone, -1 would be taken for 2^64 - 1, and so would anything larger.
+CLI::Validator seed() {
+  return {[](const std::string& text) {
+            std::uint64_t value = 0;
+            const auto [end, error] =
+                std::from_chars(text.data(), text.data() + text.size(), value);
+            const bool whole = error == std::errc() && end == text.data() + text.size();
+            return whole ? std::string() : text + " is not a whole number below 2^64";
+          },
+          ""};
+}
 CLI::Validator thread_count() { return unspoken(CLI::Range(1, kMostThreads)); }
 
 std::int64_t integer_from(const std::string& option, const std::string& text) {
@@ -90,12 +101,13 @@ void add_operation_options(CLI::App& app, Options& o) {
       "--op", o.op, "NAME",
       "attention: one call, or a ring with --workers > 1; spmd, joint, chunked: not in this build",
       one_of({"attention", "spmd", "joint", "chunked"}));
-  group.flag("--backward", o.backward, "gradients for the tensor dout (not in this build)");
-  group.flag("--dbias", o.dbias, "with --backward: that of bias too (not in this build)");
+  group.flag("--backward", o.backward, "gradients too, for the tensor dout");
+  group.flag("--dbias", o.dbias, "with --backward: that of bias, too");
   group.flag("--no-fused-backward", o.no_fused_backward,
-             "two passes instead of one (not in this build)");
+             "with --backward: two passes over the tiles instead of one");
   group.value("--ring-backward", o.ring_backward, "NAME",
-              "what travels: auto, kv or q (not in this build)", one_of({"auto", "kv", "q"}));
+              "with --backward, what travels: auto (fewer bytes), kv or q",
+              one_of({"auto", "kv", "q"}));
 }
 
 void add_shape_options(CLI::App& app, Options& o) {
@@ -109,7 +121,7 @@ void add_shape_options(CLI::App& app, Options& o) {
   group.value("--v-head-dim", o.v_head_dim, "N", "of v and out [as --head-dim]", at_least_one());
   group.value("--dtype", o.dtype, "NAME", "bf16, f16 or f32; long names too [bf16]",
               one_of({"bf16", "f16", "f32", "bfloat16", "float16", "float32"}));
-  group.value("--seed", o.seed, "N", "of the values [0]");
+  group.value("--seed", o.seed, "N", "of the values [0]", seed());
 }
 
 void add_layout_options(CLI::App& app, Options& o) {
@@ -159,9 +171,8 @@ void add_arithmetic_options(CLI::App& app, Options& o) {
   group.value("--softmax-scale", o.softmax_scale, "X", "[head_dim^-0.5]");
   group.value("--logits-soft-cap", o.logits_soft_cap, "X", "scores become cap * tanh(score / cap)",
               not_negative());
-  group.value("--dropout-prob", o.dropout_prob, "X",
-              "share of dropped probabilities [0] (not in this build)");
-  group.value("--dropout-seed", o.dropout_seed, "N", "of the dropout pattern [0]");
+  group.value("--dropout-prob", o.dropout_prob, "X", "share of dropped probabilities [0]");
+  group.value("--dropout-seed", o.dropout_seed, "N", "of the dropout pattern, 64 bits [0]", seed());
 }
 
 void add_isa_option(CLI::App& app, Options& o) {
@@ -218,6 +229,11 @@ DType dtype_from_name(const std::string& name) {
 Layout layout_from_name(const std::string& name) {
   if (name == "bhsd") return Layout::kBhsd;
   return name == "bhds" ? Layout::kBhds : Layout::kBshd;
+}
+
+RingBackward ring_backward_from_name(const std::string& name) {
+  if (name == "kv") return RingBackward::kKeys;
+  return name == "q" ? RingBackward::kQueries : RingBackward::kAuto;
 }
 
 SlidingWindow window_from_text(const std::string& text) {

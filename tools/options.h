@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "annulus/attention.h"
+#include "annulus/ring.h"
 #include "annulus/tensor.h"
 
 namespace CLI {  // NOLINT(readability-identifier-naming): CLI11's
@@ -95,6 +95,7 @@ bool parse(CLI::App& app, int argc, char** argv, Options* options = nullptr);
 
 DType dtype_from_name(const std::string& name);
 Layout layout_from_name(const std::string& name);
+RingBackward ring_backward_from_name(const std::string& name);
 SlidingWindow window_from_text(const std::string& text);  // "L" or "L,R"
 double seconds_from_text(const std::string& text);        // "30", or "none" for infinity
 std::int64_t rows_from_text(const std::string& text);     // "all" is 0

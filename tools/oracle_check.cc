@@ -54,6 +54,24 @@ std::vector<float> computed_row(const TensorView& out, RowIndex at) {
   return row;
 }
 
+Json errors_json(const CheckResult& result) {
+  return {{"rows", result.rows},
+          {"max_abs_err", number_or_null(result.max_abs_err)},
+          {"rms_err", number_or_null(result.rms_err)},
+          {"rounding_max", number_or_null(result.rounding_max)},
+          {"rounding_rms", number_or_null(result.rounding_rms)},
+          {"passed", result.passed}};
+}
+
+std::string errors_text(const CheckResult& result) {
+  const std::string verdict =
+      result.passed ? fmt::format("passed: {} rows", grouped(result.rows))
+                    : fmt::format("FAILED: {} rows, {}", grouped(result.rows), result.verdict);
+  return fmt::format("{}, error max {:.2e} rms {:.2e} (rounding alone: max {:.2e} rms {:.2e})",
+                     verdict, result.max_abs_err, result.rms_err, result.rounding_max,
+                     result.rounding_rms);
+}
+
 }  // namespace
 
 std::int64_t rows_to_check(const OracleCheck& check) {
@@ -94,34 +112,66 @@ CheckResult check_against_oracle(const OracleCheck& check,
   return checker.result();
 }
 
-Json check_json(const CheckResult& result) {
-  return {{"rows", result.rows},
-          {"max_abs_err", number_or_null(result.max_abs_err)},
-          {"rms_err", number_or_null(result.rms_err)},
-          {"rounding_max", number_or_null(result.rounding_max)},
-          {"rounding_rms", number_or_null(result.rounding_rms)},
-          {"passed", result.passed}};
+void compute_with_oracle(const OracleCheck& check, const MutableTensorView& out) {
+  const Oracle oracle(check.q, check.k, check.v, check.options);
+  const std::int64_t q_len = out.shape[1], heads = out.shape[2];
+  parallel_for(out.shape[0] * q_len * heads, check.threads, [&](std::int64_t i) {
+    check_stop();
+    const RowIndex at{i / heads / q_len, i / heads % q_len, i % heads};
+    const std::vector<double> row = oracle.row(at).out;
+    for (std::size_t d = 0; d < row.size(); ++d) {
+      store_number(out.at(at.batch, at.query, at.head, static_cast<std::int64_t>(d)),
+                   DType::kFloat32, static_cast<float>(row[d]));
+    }
+  });
 }
 
-std::string check_text(const CheckResult& result) {
-  const std::string verdict =
-      result.passed ? fmt::format("passed: {} rows", grouped(result.rows))
-                    : fmt::format("FAILED: {} rows, {}", grouped(result.rows), result.verdict);
-  return fmt::format(
-      "{}, error max {:.2e} rms {:.2e} (rounding alone: max {:.2e} rms {:.2e}), lse {:.1e}",
-      verdict, result.max_abs_err, result.rms_err, result.rounding_max, result.rounding_rms,
-      result.lse_max_err);
+std::string CheckOutcome::verdict() const {
+  if (!backward || backward->passed) return forward.verdict;
+  return forward.passed ? backward->verdict : forward.verdict + "; " + backward->verdict;
 }
 
-std::vector<std::pair<std::string, std::string>> check_facts(const CheckResult& result) {
-  return {{"rows compared with the oracle", grouped(result.rows)},
-          {"largest error of out", fmt::format("{:.3e}", result.max_abs_err)},
-          {"rms error of out", fmt::format("{:.3e}", result.rms_err)},
-          {"largest error of rounding alone", fmt::format("{:.3e}", result.rounding_max)},
-          {"rms error of rounding alone", fmt::format("{:.3e}", result.rounding_rms)},
-          {"largest error of lse", fmt::format("{:.3e}", result.lse_max_err)},
-          {"error as a share of its bound", percent_text(result.bound_ratio)},
-          {"verdict", result.verdict}};
+Json check_json(const CheckOutcome& outcome) {
+  Json json = errors_json(outcome.forward);
+  json["passed"] = outcome.passed();
+  if (!outcome.backward) return json;
+  json["gradients"] = Json::array();
+  for (const auto& [name, result] : outcome.backward->gradients) {
+    Json gradient{{"name", name}};
+    gradient.update(errors_json(result));
+    json["gradients"].push_back(gradient);
+  }
+  return json;
+}
+
+std::string check_text(const CheckOutcome& outcome, int indent) {
+  const CheckResult& forward = outcome.forward;
+  std::string text = errors_text(forward) + fmt::format(", lse {:.1e}", forward.lse_max_err);
+  if (!outcome.backward) return text;
+  for (const auto& [name, result] : outcome.backward->gradients)
+    text += fmt::format("\n{:{}}{} {}", "", indent, name, errors_text(result));
+  return text;
+}
+
+std::vector<std::pair<std::string, std::string>> check_facts(const CheckOutcome& outcome) {
+  const CheckResult& result = outcome.forward;
+  std::vector<std::pair<std::string, std::string>> facts{
+      {"rows compared with the oracle", grouped(result.rows)},
+      {"largest error of out", fmt::format("{:.3e}", result.max_abs_err)},
+      {"rms error of out", fmt::format("{:.3e}", result.rms_err)},
+      {"largest error of rounding alone", fmt::format("{:.3e}", result.rounding_max)},
+      {"rms error of rounding alone", fmt::format("{:.3e}", result.rounding_rms)},
+      {"largest error of lse", fmt::format("{:.3e}", result.lse_max_err)},
+      {"error as a share of its bound", percent_text(result.bound_ratio)}};
+  if (outcome.backward) {
+    for (const auto& [name, gradient] : outcome.backward->gradients) {
+      facts.emplace_back("largest error of " + name,
+                         fmt::format("{:.3e}; of rounding alone {:.3e}", gradient.max_abs_err,
+                                     gradient.rounding_max));
+    }
+  }
+  facts.emplace_back("verdict", outcome.verdict());
+  return facts;
 }
 
 }  // namespace annulus::tools

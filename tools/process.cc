@@ -1,5 +1,7 @@
 #include "process.h"
 
+#include <malloc.h>
+
 #include <atomic>
 #include <csignal>
 #include <cstdlib>
@@ -145,6 +147,12 @@ void require_memory(std::int64_t planned_bytes) {
                     "the plan needs {}, but only {} are available",
                     byte_text(static_cast<double>(planned_bytes)),
                     byte_text(static_cast<double>(available)));
+}
+
+void return_freed_memory() {
+#ifdef __GLIBC__
+  mallopt(M_MMAP_THRESHOLD, 128 << 10);
+#endif
 }
 
 void install_stop_handler() {
