@@ -53,7 +53,9 @@ struct GradientCheck {
 // products; float32's part follows from the sums of |q k|, |dout v| and |dout out|. In units of the
 // same standard deviations every element has a bound of its own (N5, bound_ratio), so that a wrong
 // tile does not hide where gradients are small. That bound takes the roundings of p and ds as
-// independent from pair to pair, or else all alike.
+// independent from pair to pair, or else all alike. Where they are alike (equal scores: up to 2^-9
+// of the value, all in one direction) the rms bar is instead 1.1 times what rounding these very p
+// and ds once, and then the result, comes to.
 //
 // 0 where the formula has no term; NaN and Inf where the oracle has them. `computed` holds the
 // gradients to judge; what has no view is left out. Costs O(tokens * rows * dim) per head for

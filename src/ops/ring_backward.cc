@@ -59,8 +59,9 @@ std::vector<std::vector<int>> ways_of(const std::vector<RankSchedule>& schedules
   return ways;
 }
 
-// By bytes over all ranks: packed operands and float32 gradients make the same number of hops. Rows
-// of bias and dense masks lie where their queries live, unless tensors are whole: queries stay.
+// By bytes over all ranks: packed operands make a hop less than there are ranks, float32 gradients
+// one more, home. Rows of bias and dense masks lie where their queries live, unless tensors are
+// whole: queries stay.
 bool queries_travel(const BackwardSizes& sizes, const Problem& problem, const Deal& deal,
                     RingBackward asked) {
   const bool rows_at_home =
@@ -68,12 +69,13 @@ bool queries_travel(const BackwardSizes& sizes, const Problem& problem, const De
   if (asked == RingBackward::kKeys) return false;
   if (asked == RingBackward::kQueries) return true;
   if (rows_at_home) return false;
+  const std::int64_t hops = deal.world_size - 1;
   std::int64_t keys = 0, queries = 0;
   for (int rank = 0; rank < deal.world_size; ++rank) {
     const std::int64_t k = deal.kv_partition->local_len(rank, deal.world_size, deal.kv_len),
                        q = deal.q_partition->local_len(rank, deal.world_size, deal.q_len);
-    keys += sizes.keys(k) + sizes.key_gradients(k);
-    queries += sizes.queries(q) + sizes.query_gradients(q);
+    keys += hops * sizes.keys(k) + (hops + 1) * sizes.key_gradients(k);
+    queries += hops * sizes.queries(q) + (hops + 1) * sizes.query_gradients(q);
   }
   return queries < keys;
 }

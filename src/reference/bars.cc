@@ -99,7 +99,7 @@ double element_bound(const Row& exact, std::size_t d, const CheckOptions& option
   const double output =
       std::max(unit_roundoff(options.out_dtype) * std::abs(out), spacing(options.out_dtype, 0) / 2);
   return output + rounded_weights + weights * exact.abs_out[d] +
-         terms * kExpFloor * exact.max_abs_v;
+         terms * kWeightFloor * exact.max_abs_v;
 }
 
 double chance_error(const Row& exact, std::size_t d, const CheckOptions& options) {
@@ -243,7 +243,7 @@ void Checker::judge_rounding(CheckResult& result) const {
 
 void Checker::judge_float32(CheckResult& result) const {
   if (naive_.rows != error_.rows) return;
-  const double floor = kExpFloor * max_abs_v_;
+  const double floor = kWeightFloor * max_abs_v_;
   require(result, "N3 largest error against naive float32", error_.max,
           naive_.max + 2 * spacing(DType::kFloat32, max_abs_out_) +
               (options_.strict ? 0 : chance_.max) + floor);

@@ -47,6 +47,8 @@ std::vector<double> vector_at(const TensorView& t, RowIndex at) {
 
 std::vector<float> floats(std::span<const double> x) { return {x.begin(), x.end()}; }
 
+double bf16_loss(double x) { return rounded(DType::kBFloat16, x) - x; }
+
 double lse_at(const TensorView& lse, RowIndex at) {
   return load_element(lse.dtype, lse.at(at.batch, at.query, at.head, 0));
 }
@@ -133,12 +135,13 @@ PairGradient<Coefficient> ExactPairs::pair(const Row& row, std::span<const doubl
 
   PairGradient<Coefficient> pair{.kept = inputs.kept};
   const double weight = p / keep_prob_;
-  pair.weight = {weight, 2 * kUnit * weight + kExpFloor / keep_prob_, score_error * weight};
-  pair.ds = {ds, 2 * kUnit * std::abs(ds) + ds_noise, score_error * ds};
+  pair.weight = {weight, 2 * kUnit * weight + kExpFloor / keep_prob_, score_error * weight,
+                 bf16_loss(p) / keep_prob_};
+  pair.ds = {ds, 2 * kUnit * std::abs(ds) + ds_noise, score_error * ds, bf16_loss(ds)};
   const double cap_noise = cap_ > 0 ? 8 * kUnit * std::abs(ds) : 0;
   const double ddot = scale * slope * ds;
   pair.ddot = {ddot, 2 * kUnit * std::abs(ddot) + std::abs(scale) * (slope * ds_noise + cap_noise),
-               score_error * ddot};
+               score_error * ddot, scale * bf16_loss(slope * ds)};
   return pair;
 }
 

@@ -22,10 +22,12 @@ void check_backward(const Oracle& oracle, const BackwardInputs& inputs);
 //   noise   the standard deviation of the errors that do not shrink with `value`, and of those of
 //           sums, per unit of |x|
 //   spread  that of the errors of p, which are independent from pair to pair, per unit of x
+// and `rounding` is what it loses if p, or ds, is rounded to bfloat16 once.
 struct Coefficient {
   double value = 0;
   double noise = 0;
   double spread = 0;
+  double rounding = 0;
 };
 
 // Scalar is Coefficient or float.

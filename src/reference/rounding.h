@@ -21,6 +21,10 @@ inline constexpr double kUnit = 0x1p-24;  // unit roundoff of float32
 // Exponentials of float32 are good down to exp(-80) and may be 0 below, so a weight errs by this
 // much of the row's largest whatever it is.
 inline constexpr double kExpFloor = 0x1p-115;
+// Online softmaxes keep a reference that may be far above the largest score so far, and lose
+// weights far below it: by this much of the row's largest a weight of the forward may be off. It
+// shows only where dropout takes out everything heavier.
+inline constexpr double kWeightFloor = 0x1p-86;
 
 // Smallest distance between neighbours.
 inline double spacing(DType dtype, double x) {
