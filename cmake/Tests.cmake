@@ -50,6 +50,7 @@ endfunction()
 annulus_add_script_test(layers_test ${PROJECT_SOURCE_DIR})
 if(ANNULUS_BUILD_TOOLS)
   annulus_add_script_test(cli_test $<TARGET_FILE:annulus_cli>)
+  annulus_add_script_test(docs_test ${PROJECT_SOURCE_DIR} $<TARGET_FILE:annulus_cli>)
 endif()
 # Sanitizers put instructions and symbols of their own everywhere, and consumers would have to follow them.
 if(NOT ANNULUS_SANITIZE)
