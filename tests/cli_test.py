@@ -429,6 +429,12 @@ class OtherVerbs(CliTest):
         self.assertTrue(row["check_passed"])
         self.assertGreater(row["seconds"], 0)
         self.assertIsNone(row["ratio_to_full"])
+        row, = self.json("bench", "--tokens=200", "--head-dim=32", "--causal", "--backward", "--dropout-prob=0.1",
+                         "--workers=2", "--heads=2", "--kv-heads=1")["rows"]
+        self.assertTrue(fields <= set(row), fields - set(row))
+        self.assertEqual((row["op"], row["workers"], row["check_passed"]), ("backward", 2, True))
+        self.assertAlmostEqual(row["tflops"] * row["seconds"] * 1e12, 2.5 * 2 * 64 * 2 * 200 * 201 / 2, delta=1)
+        self.fails(64, "InvalidArgument", "bench", "--backward", "--dbias")
         self.fails(64, "InvalidArgument", "bench", "--suite=quick", "--tokens=5")
         self.fails(64, "InvalidArgument", "bench", "--repeat=3")
 

@@ -23,6 +23,7 @@ constexpr const char* kExamples = R"(Examples:
   annulus bench
   annulus bench --suite=kernels --isa=avx512 --json
   annulus bench --tokens=8192 --head-dim=128 --causal --dtype=f32 --threads=2
+  annulus bench --tokens=8192 --head-dim=128 --backward --dropout-prob=0.1
 
 Every row is checked against the oracle on sampled rows, then called 10 times in turn with its partners; figures are
 medians. peak is a register-only loop of the row's instruction, timed before and after each call, times the threads.
@@ -30,8 +31,11 @@ medians. peak is a register-only loop of the row's instruction, timed before and
   x1thread   speed over the speed on one thread
   x1pass     speed of a ring over the speed of one pass on all allowed CPUs
   xplain     speed over the speed of the plain partner
-quick takes under two minutes; kernels adds grouped heads, packed sequences, tails, odd head sizes and inputs in which
-every key moves the maximum; ring adds partitions and numbers of workers. Exit status 1: a row failed its check.
+Forward rows compute out and lse, backward rows the gradients alone, at 2.5 times the forward's FLOP.
+quick takes under two minutes and has the best path of this CPU for bf16 and for f32 (--isa chooses another); its
+backward rows of f32 have 8,192 tokens, all others 16,384. kernels adds the other paths, grouped heads, packed
+sequences, tails, odd head sizes, inputs in which every key moves the maximum, and gradients with dropout, with a bias,
+in two passes and in float16; ring adds partitions and numbers of workers. Exit status 1: a row failed its check.
 )";
 
 struct BenchArguments {
@@ -53,6 +57,7 @@ bool parse_bench(BenchArguments& arguments, int argc, char** argv) {
   group.value("--repeat", arguments.repeat, "N", "calls per row, at least 10 [10]", at_least_ten());
   add_isa_option(app, options);
   add_shape_options(app, options);
+  add_operation_options(app, options);
   add_mask_options(app, options);
   add_arithmetic_options(app, options);
   add_ring_options(app, options);
@@ -94,6 +99,8 @@ BenchRow row_from(const BenchArguments& arguments) {
   row.partition = options.partition;
   row.topology = options.topology == "linear" ? Topology::kLinear : Topology::kRing;
   row.seed = options.seed;
+  row.backward = options.backward, row.fused = !options.no_fused_backward;
+  row.ring_backward = ring_backward_from_name(options.ring_backward);
   const Inputs inputs = open_inputs(options);
   row.options = attention_options(options, inputs);
   row.mask = make_call(options, inputs).plan.mask;

@@ -11,12 +11,14 @@
 #include "inputs.h"
 #include "numbers.h"
 #include "oracle_check.h"
+#include "outputs.h"
+#include "parallel.h"
 #include "process.h"
 
 namespace annulus::tools {
 namespace {
 
-constexpr double kPeakSeconds = 0.01;
+constexpr double kPeakSeconds = 0.005;
 constexpr std::int64_t kCheckedRows = 8;  // per head: the first, the last, and some between
 
 double median(std::vector<double> values) {
@@ -50,10 +52,11 @@ void make_rising(Inputs& inputs) {
   });
 }
 
-using InputsKey = std::tuple<DType, BenchInputs, Shape, Shape, std::int64_t, std::uint64_t>;
+using InputsKey = std::tuple<bool, DType, BenchInputs, Shape, Shape, std::int64_t, std::uint64_t>;
 
 InputsKey key_of(const BenchRow& row) {
-  return {row.dtype,
+  return {row.backward,
+          row.dtype,
           row.inputs,
           {row.batch, row.tokens, row.heads, row.head_dim},
           {row.batch, row.kv_tokens, row.kv_heads, row.v_head_dim},
@@ -61,7 +64,17 @@ InputsKey key_of(const BenchRow& row) {
           row.seed};
 }
 
-// Rows of equal shape share q, k and v.
+Options options_of(const BenchRow& row) {
+  Options options;
+  options.batch = row.batch, options.tokens = row.tokens, options.kv_tokens = row.kv_tokens;
+  options.heads = row.heads, options.kv_heads = row.kv_heads;
+  options.head_dim = row.head_dim, options.v_head_dim = row.v_head_dim;
+  options.dtype = std::string(name(row.dtype));
+  options.backward = row.backward;
+  return options;
+}
+
+// Rows of equal shape share q, k, v and dout.
 class InputsCache {
  public:
   const Inputs& of(const BenchRow& row) {
@@ -72,12 +85,7 @@ class InputsCache {
 
  private:
   static std::unique_ptr<Inputs> make(const BenchRow& row) {
-    Options options;
-    options.batch = row.batch, options.tokens = row.tokens, options.kv_tokens = row.kv_tokens;
-    options.heads = row.heads, options.kv_heads = row.kv_heads;
-    options.head_dim = row.head_dim, options.v_head_dim = row.v_head_dim;
-    options.dtype = std::string(name(row.dtype));
-    auto inputs = std::make_unique<Inputs>(open_inputs(options));
+    auto inputs = std::make_unique<Inputs>(open_inputs(options_of(row)));
     make_inputs(*inputs, row.seed, allowed_cpus());
     if (row.inputs == BenchInputs::kRising) make_rising(*inputs);
     return inputs;
@@ -89,51 +97,72 @@ class InputsCache {
 // A row ready to be called.
 class Bench {
  public:
-  Bench(const BenchRow& row, const Inputs& inputs) : row_(row), inputs_(inputs) {
+  Bench(const BenchRow& row, const Inputs& inputs)
+      : row_(row), inputs_(inputs), outputs_(make_outputs(options_of(row), inputs)) {
     ring_.attention = row.options;
     ring_.attention.isa = row.target;
     ring_.attention.threads = row.threads_per_worker;
     ring_.partition = Partition::from_name(row.partition);
     ring_.topology = row.topology;
+    ring_.fused_backward = row.fused, ring_.ring_backward = row.ring_backward;
     if (row.segments > 0) make_segments();
-    const Shape shape = out_shape(inputs);
-    out_memory_ = Storage(checked_bytes("out", shape, row.dtype));
-    out_ = {out_memory_.data(), row.dtype, shape, dense_strides(shape)};
-    lse_memory_ = Storage(checked_bytes("lse", {shape[0], shape[1], shape[2], 1}, DType::kFloat32));
-    const TensorView lse = lse_view(nullptr, shape);
-    lse_ = {lse_memory_.data(), lse.dtype, lse.shape, lse.strides};
+    if (row.bias) make_bias();
     flops_ = explain(row.workers, inputs.q, inputs.k, inputs.v, row.dtype, ring_).flops;
+    if (!row.backward) return;
+    flops_ *= 2.5;
+    forward();
   }
 
   [[nodiscard]] double flops() const { return flops_; }
+  [[nodiscard]] const std::string& target() const { return summary_.target; }
 
   double call() {
     const auto begin = std::chrono::steady_clock::now();
-    if (row_.workers == 1) {
-      attention(inputs_.q, inputs_.k, inputs_.v, out_, lse_, ring_.attention);
-    } else {
-      ring_attention(row_.workers, inputs_.q, inputs_.k, inputs_.v, out_, lse_, ring_);
-    }
+    summary_ = row_.backward ? backward() : forward();
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   }
 
-  [[nodiscard]] reference::CheckResult check() const {
+  [[nodiscard]] CheckOutcome check() const {
     OracleCheck check;
-    check.q = inputs_.q, check.k = inputs_.k, check.v = inputs_.v, check.out = out_,
-    check.lse = lse_;
+    check.q = inputs_.q, check.k = inputs_.k, check.v = inputs_.v, check.out = outputs_.out,
+    check.lse = outputs_.lse;
     check.options = ring_.attention;
     check.bf16_probabilities = rounds_probabilities(row_.target);
     check.rows_per_head = kCheckedRows;
-    check.threads = allowed_cpus();
-    return check_against_oracle(check);
+    CheckOutcome outcome{check_against_oracle(check), {}};
+    if (!row_.backward) return outcome;
+    const reference::BackwardInputs given{*inputs_.dout, outputs_.out, outputs_.lse};
+    reference::GradientCheckOptions how;
+    how.bf16_products = summary_.bf16_probabilities;
+    how.rows_per_head = kCheckedRows;
+    outcome.backward = reference::check_gradients(inputs_.q, inputs_.k, inputs_.v, given,
+                                                  ring_.attention, outputs_.gradients, how);
+    return outcome;
   }
 
   // Of all threads, as if each ran alone.
   [[nodiscard]] double peak() const {
-    return measure_peak_flops(row_.target, row_.dtype, kPeakSeconds) * row_.threads();
+    return measure_peak_flops(summary_.target, row_.dtype, kPeakSeconds) * row_.threads();
   }
 
  private:
+  CallSummary forward() {
+    const auto& [q, k, v] = std::tie(inputs_.q, inputs_.k, inputs_.v);
+    if (row_.workers == 1) return attention(q, k, v, outputs_.out, outputs_.lse, ring_.attention);
+    return ring_attention(row_.workers, q, k, v, outputs_.out, outputs_.lse, ring_).front();
+  }
+
+  CallSummary backward() {
+    const auto& [q, k, v] = std::tie(inputs_.q, inputs_.k, inputs_.v);
+    if (row_.workers == 1 && row_.fused) {
+      return attention_backward(*inputs_.dout, q, k, v, outputs_.out, outputs_.lse,
+                                outputs_.gradients, ring_.attention);
+    }
+    return ring_attention_backward(row_.workers, *inputs_.dout, q, k, v, outputs_.out, outputs_.lse,
+                                   outputs_.gradients, ring_)
+        .front();
+  }
+
   void make_segments() {
     for (std::int64_t b = 0; b < row_.batch; ++b) {
       for (std::int64_t i = 0; i < row_.tokens; ++i) {
@@ -145,12 +174,22 @@ class Bench {
                                      row_major_strides(shape)};
   }
 
+  void make_bias() {
+    constexpr std::uint64_t kStream = 4;  // q, k, v and dout come before
+    const Shape shape{1, 1, row_.tokens, row_.kv_tokens};
+    bias_ = Storage(checked_bytes("bias", shape, DType::kFloat32));
+    fill_normal(bias_.data(), DType::kFloat32, row_.tokens * row_.kv_tokens, row_.seed, kStream,
+                allowed_cpus());
+    ring_.attention.bias = {bias_.data(), DType::kFloat32, shape, row_major_strides(shape)};
+  }
+
   const BenchRow& row_;
   const Inputs& inputs_;
+  const Outputs outputs_;
   std::vector<std::int32_t> segments_;
+  Storage bias_;
   RingOptions ring_;
-  Storage out_memory_, lse_memory_;
-  MutableTensorView out_, lse_;
+  CallSummary summary_;
   double flops_ = 0;
 };
 
@@ -198,10 +237,16 @@ std::vector<BenchResult> measure(const BenchGroup& group, int repetitions) {
     check_stop();
     benches.push_back(std::make_unique<Bench>(group[i], inputs.of(group[i])));
     benches[i]->call();  // also the warm-up
-    const reference::CheckResult check = benches[i]->check();
-    results[i].check_passed = check.passed;
-    results[i].verdict = check.verdict;
+    results[i].target = benches[i]->target();
   }
+  const auto count = static_cast<std::int64_t>(group.size());
+  parallel_for(count, allowed_cpus(), [&](std::int64_t i) {
+    check_stop();
+    const auto n = static_cast<std::size_t>(i);
+    const CheckOutcome check = benches[n]->check();
+    results[n].check_passed = check.passed();
+    results[n].verdict = check.verdict();
+  });
   const std::vector<Samples> samples = take_samples(benches, repetitions);
   for (std::size_t i = 0; i < group.size(); ++i) {
     const BenchRow& row = group[i];

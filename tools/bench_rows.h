@@ -18,6 +18,7 @@ enum class BenchInputs : std::uint8_t {
 };
 
 struct BenchRow {
+  bool backward = false;  // the gradients alone: out and lse are there before
   DType dtype = DType::kBFloat16;
   std::string target;
   std::string mask = "full";
@@ -36,6 +37,10 @@ struct BenchRow {
   std::uint64_t seed = 0;
   AttentionOptions options;   // visibility and arithmetic
   std::int64_t segments = 0;  // > 0: that many packed sequences of equal length
+  bool bias = false;          // N(0,1), one for all
+  bool fused = true;          // see RingOptions
+  RingBackward ring_backward = RingBackward::kAuto;
+  std::string variant{};  // what of the above makes this row special, in words
 
   // Partners: indices into the rows of the same group, measured in turn with this row.
   int full = -1;  // the same without a mask
@@ -51,6 +56,7 @@ struct BenchRow {
 using BenchGroup = std::vector<BenchRow>;
 
 struct BenchResult {
+  std::string target;  // that ran: a backward may have no kernel of its row's
   double seconds = 0;
   double flops = 0;
   double peak_flops = 0;  // of all threads

@@ -34,10 +34,17 @@ std::vector<Path> paths_of(DType dtype, const SuiteChoice& choice) {
   return paths;
 }
 
-std::vector<Path> all_paths(const SuiteChoice& choice) {
-  std::vector<Path> paths = paths_of(DType::kBFloat16, choice);
-  for (const Path& path : paths_of(DType::kFloat32, choice)) paths.push_back(path);
-  return paths;
+std::vector<Path> best_paths(const SuiteChoice& choice) {
+  return {paths_of(DType::kBFloat16, choice).front(), paths_of(DType::kFloat32, choice).front()};
+}
+
+std::vector<Path> other_paths(const SuiteChoice& choice) {
+  std::vector<Path> others;
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
+    const std::vector<Path> paths = paths_of(dtype, choice);
+    others.insert(others.end(), paths.begin() + 1, paths.end());
+  }
+  return others;
 }
 
 BenchRow row_of(const Path& path, std::int64_t head_dim, bool causal) {
@@ -56,6 +63,9 @@ int add(BenchGroup& group, const BenchRow& row) {
   group.push_back(row);
   return static_cast<int>(group.size()) - 1;
 }
+
+// Ten calls of float32 gradients at 16,384 tokens take minutes on a small machine.
+constexpr std::int64_t kFloat32BackwardTokens = 8192;
 
 struct Pair {
   int full;
@@ -82,28 +92,49 @@ BenchRow ring_row(const Path& path, bool causal, int workers, const std::string&
   return row;
 }
 
-std::vector<BenchGroup> quick(const SuiteChoice& choice) {
+// Full and causal gradients on so many threads.
+Pair add_backward_pair(BenchGroup& group, const Path& path, std::int64_t head_dim, int threads,
+                       std::optional<Pair> one_thread) {
+  const Pair pair = add_pair(group, path, head_dim, threads, one_thread);
+  for (const int at : {pair.full, pair.causal}) {
+    BenchRow& row = group[static_cast<std::size_t>(at)];
+    row.backward = true;
+    if (path.dtype == DType::kFloat32) set_length(row, kFloat32BackwardTokens);
+  }
+  return pair;
+}
+
+std::vector<BenchGroup> on_path(const Path& path, const SuiteChoice& choice) {
   constexpr int kWorkers = 4;
   const int cpus = allowed_cpus();
   const int several = choice.threads.value_or(2);
   std::vector<BenchGroup> groups;
-  for (const Path& path : all_paths(choice)) {
-    for (const std::int64_t head_dim : {64, 128}) {
-      BenchGroup group;
-      const Pair one = add_pair(group, path, head_dim, 1, {});
-      Pair single = one;
-      if (several > 1 && cpus > 1) single = add_pair(group, path, head_dim, several, one);
-      if (head_dim == 128) {
-        const int widest = group[static_cast<std::size_t>(single.full)].threads();
-        if (widest != cpus) single = add_pair(group, path, head_dim, cpus, one);
-        BenchRow full = ring_row(path, false, kWorkers, "contiguous");
-        BenchRow causal = ring_row(path, true, kWorkers, "zigzag");
-        full.single_pass = single.full, causal.single_pass = single.causal;
-        causal.full = add(group, full);
-        add(group, causal);
-      }
-      groups.push_back(group);
+  for (const std::int64_t head_dim : {64, 128}) {
+    BenchGroup group, backward;
+    const Pair one = add_pair(group, path, head_dim, 1, {});
+    Pair single = one;
+    if (several > 1 && cpus > 1) single = add_pair(group, path, head_dim, several, one);
+    if (head_dim == 128) {
+      const int widest = group[static_cast<std::size_t>(single.full)].threads();
+      if (widest != cpus) single = add_pair(group, path, head_dim, cpus, one);
+      BenchRow full = ring_row(path, false, kWorkers, "contiguous");
+      BenchRow causal = ring_row(path, true, kWorkers, "zigzag");
+      full.single_pass = single.full, causal.single_pass = single.causal;
+      causal.full = add(group, full);
+      add(group, causal);
     }
+    groups.push_back(group);
+    const Pair alone = add_backward_pair(backward, path, head_dim, 1, {});
+    if (several > 1 && cpus > 1) add_backward_pair(backward, path, head_dim, several, alone);
+    groups.push_back(backward);
+  }
+  return groups;
+}
+
+std::vector<BenchGroup> on_paths(const std::vector<Path>& paths, const SuiteChoice& choice) {
+  std::vector<BenchGroup> groups;
+  for (const Path& path : paths) {
+    for (BenchGroup& group : on_path(path, choice)) groups.push_back(std::move(group));
   }
   return groups;
 }
@@ -158,18 +189,70 @@ BenchGroup grouped_heads(const Path& path) {
   return group;
 }
 
-std::vector<Path> best_paths(const SuiteChoice& choice) {
-  return {paths_of(DType::kBFloat16, choice).front(), paths_of(DType::kFloat32, choice).front()};
+// What makes gradients dearer, or cheaper, than the plain ones.
+BenchGroup special_gradients(const Path& path) {
+  BenchGroup group;
+  BenchRow plain = row_of(path, 128, false);
+  plain.backward = true;
+  set_length(plain, 8192);  // a bias takes 256 MiB
+  const int partner = add(group, plain);
+  plain.plain = partner;
+  const auto add_variant = [&](const char* variant, const auto& change) {
+    BenchRow row = plain;
+    row.variant = variant;
+    change(row);
+    add(group, row);
+  };
+  add_variant("dropout 0.1", [](BenchRow& row) { row.options.dropout_prob = 0.1; });
+  add_variant("bias", [](BenchRow& row) { row.bias = true; });
+  add_variant("two passes", [](BenchRow& row) { row.fused = false; });
+  add_variant(
+      "", [&](BenchRow& row) { row.mask = "segments(8)", row.segments = 8, row.full = partner; });
+  if (path.dtype == DType::kFloat32) {  // which float16 is widened to
+    add_variant("float16", [&](BenchRow& row) {
+      row.dtype = DType::kFloat16, row.target = chosen_target(DType::kFloat16, path.target);
+    });
+  }
+  return group;
+}
+
+BenchGroup gradients_of_grouped_heads(const Path& path) {
+  BenchGroup group;
+  for (const std::int64_t kv_heads : {4, 1}) {
+    BenchRow row = row_of(path, 128, false);
+    row.backward = true, row.heads = 4, row.kv_heads = kv_heads;
+    set_length(row, 4096);
+    if (kv_heads == 1) row.plain = 0;
+    add(group, row);
+  }
+  return group;
 }
 
 std::vector<BenchGroup> kernels(const SuiteChoice& choice) {
-  std::vector<BenchGroup> groups;
+  std::vector<BenchGroup> groups = on_paths(other_paths(choice), choice);
   for (const Path& path : best_paths(choice)) {
     groups.push_back(special_masks_and_inputs(path));
     groups.push_back(odd_head_dims(path));
     groups.push_back(grouped_heads(path));
+    groups.push_back(special_gradients(path));
+    groups.push_back(gradients_of_grouped_heads(path));
   }
   return groups;
+}
+
+BenchGroup rings_of_gradients(const Path& path) {
+  constexpr int kWorkers = 4;
+  BenchGroup group;
+  const Pair single = add_backward_pair(group, path, 128, allowed_cpus(), {});
+  int full = -1;
+  for (const bool causal : {false, true}) {
+    BenchRow row = ring_row(path, causal, kWorkers, causal ? "zigzag" : "contiguous");
+    row.backward = true;
+    row.single_pass = causal ? single.causal : single.full, row.full = full;
+    set_length(row, group[static_cast<std::size_t>(row.single_pass)].tokens);
+    full = add(group, row);
+  }
+  return group;
 }
 
 std::vector<BenchGroup> rings(const SuiteChoice& choice) {
@@ -188,6 +271,7 @@ std::vector<BenchGroup> rings(const SuiteChoice& choice) {
       }
     }
     groups.push_back(group);
+    groups.push_back(rings_of_gradients(path));
   }
   return groups;
 }
@@ -207,24 +291,25 @@ int BenchRow::threads() const {
 }
 
 std::vector<BenchGroup> suite(const std::string& name, const SuiteChoice& choice) {
-  if (name == "quick") return quick(choice);
+  if (name == "quick") return on_paths(best_paths(choice), choice);
   if (name == "kernels") return kernels(choice);
   if (name == "ring") return rings(choice);
   if (name == "decode") {
     fail<Unsupported>("use --suite=quick, kernels, ring or all",
                       "--suite=decode: attention over a paged cache is not in this build yet");
   }
-  std::vector<BenchGroup> groups = quick(choice);
+  std::vector<BenchGroup> groups = on_paths(best_paths(choice), choice);
   for (const auto& more : {kernels(choice), rings(choice)})
     groups.insert(groups.end(), more.begin(), more.end());
   return groups;
 }
 
 Json row_json(const BenchRow& row, const BenchResult& result) {
-  return {{"op", "forward"},
+  return {{"op", row.backward ? "backward" : "forward"},
           {"dtype", short_name(name(row.dtype))},
-          {"target", row.target},
+          {"target", result.target},
           {"mask", row.mask},
+          {"variant", row.variant},
           {"inputs", row.inputs == BenchInputs::kNormal ? "normal" : "rising"},
           {"batch", row.batch},
           {"heads", row.heads},
@@ -237,7 +322,7 @@ Json row_json(const BenchRow& row, const BenchResult& result) {
           {"partition", row.partition},
           {"seconds", result.seconds},
           {"tflops", number_or_null(result.flops / result.seconds * 1e-12)},
-          {"peak_kind", peak_kind(row.target, row.dtype)},
+          {"peak_kind", peak_kind(result.target, row.dtype)},
           {"peak_tflops", result.peak_flops * 1e-12},
           {"share_of_peak", number_or_null(result.share_of_peak)},
           {"ratio_to_full", ratio_json(result.ratio_to_full)},
@@ -248,9 +333,9 @@ Json row_json(const BenchRow& row, const BenchResult& result) {
 }
 
 std::vector<std::string> row_heading() {
-  return {"dtype", "target",  "mask",     "inputs", "tokens",  "heads",
-          "dim",   "threads", "workers",  "time",   "TFLOP/s", "peak",
-          "share", "t/full",  "x1thread", "x1pass", "xplain",  "check"};
+  return {"op",    "dtype",  "target",   "mask",    "inputs", "variant", "tokens",
+          "heads", "dim",    "threads",  "workers", "time",   "TFLOP/s", "peak",
+          "share", "t/full", "x1thread", "x1pass",  "xplain", "check"};
 }
 
 std::vector<std::string> row_cells(const BenchRow& row, const BenchResult& result) {
@@ -259,10 +344,12 @@ std::vector<std::string> row_cells(const BenchRow& row, const BenchResult& resul
                                 : fmt::format("{}/{}", row.heads, row.kv_heads);
   const std::string workers =
       row.workers == 1 ? "1" : fmt::format("{} {}", row.workers, row.partition);
-  return {short_name(name(row.dtype)),
-          row.target,
+  return {row.backward ? "backward" : "forward",
+          short_name(name(row.dtype)),
+          result.target,
           row.mask,
           row.inputs == BenchInputs::kNormal ? "normal" : "rising",
+          row.variant,
           std::to_string(row.tokens),
           heads,
           std::to_string(row.head_dim),
