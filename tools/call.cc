@@ -78,17 +78,13 @@ std::string plural(std::int64_t count, const char* noun) {
   return fmt::format("{} {}{}", count, noun, count == 1 ? "" : "s");
 }
 
-std::string travel_text(const std::string& ring_backward) {
-  if (ring_backward == "kv") return "k, v, dk and dv travel";
-  if (ring_backward == "q") return "q, dout and dq travel";
-  return "what moves fewer bytes travels, decided when it runs";
-}
-
-std::string backward_line(const Options& options, const Plan& plan) {
-  if (!options.backward) return {};
-  std::string text = fmt::format("2.5 x the forward's {:.4g} GFLOP, {}", plan.flops * 1e-9,
+std::string backward_line(const Options& options, const Call& call) {
+  if (!call.backward) return {};
+  std::string text = fmt::format("{:.4g} of these GFLOP, {}", call.backward->flops * 1e-9,
                                  options.no_fused_backward ? "two passes" : "one pass");
-  if (plan.workers > 1) text += ", " + travel_text(options.ring_backward);
+  if (call.workers > 1) {
+    text += call.backward->queries_travel ? ", q, dout and dq travel" : ", k, v, dk and dv travel";
+  }
   return line("backward", text);
 }
 
@@ -166,6 +162,12 @@ Call make_call(const Options& options, const Inputs& inputs) {
   call.ring.workers.timeout_s = timeout_of(options, call.workers);
   call.ring.workers.stop = stop_requested;
   call.plan = explain(call.workers, inputs.q, inputs.k, inputs.v, call.out_dtype, call.ring);
+  if (options.backward) {
+    const bool rounded_dbias =
+        options.dbias && inputs.bias.dtype != DType::kFloat32 && call.out_dtype != DType::kFloat32;
+    call.backward = explain_backward(call.workers, inputs.q, inputs.k, inputs.v, inputs.dout->dtype,
+                                     call.ring, rounded_dbias);
+  }
   return call;
 }
 
@@ -209,7 +211,7 @@ std::string describe_call(const Options& options, const Inputs& inputs, const Ca
                                   count_text(static_cast<double>(plan.pairs_visible)),
                                   count_text(static_cast<double>(plan.pairs_total)),
                                   percent_text(share), flops_of(options, plan) * 1e-9)) +
-         backward_line(options, plan);
+         backward_line(options, call);
 }
 
 }  // namespace annulus::tools

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "annulus/ring.h"
@@ -20,6 +21,7 @@ struct Call {
   int workers = 1;
   DType out_dtype = DType::kFloat32;
   Plan plan;
+  std::optional<BackwardPlan> backward;
 };
 
 // The mask and the arithmetic alone: what the oracle needs, too.

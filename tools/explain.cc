@@ -62,10 +62,11 @@ Json plan_json(const Options& options, const Inputs& inputs, const Call& call,
             {"notes", plan.notes},
             {"steps", steps}};
   if (options.backward) {
-    json["backward"] = {{"flops", flops_of(options, plan) - plan.flops},
+    json["backward"] = {{"flops", call.backward->flops},
                         {"fused", !options.no_fused_backward},
-                        {"ring_backward", options.ring_backward},
-                        {"peak_bytes_at_most", backward_bytes(options, inputs, call)}};
+                        {"ring_backward", call.backward->queries_travel ? "q" : "kv"},
+                        {"bytes_sent_per_rank", call.backward->bytes_sent_per_rank},
+                        {"peak_bytes_of_call", call.backward->peak_bytes}};
   }
   return json;
 }
@@ -134,8 +135,8 @@ void print_plan(const Options& options, const Inputs& inputs, const Call& call,
              byte_text(static_cast<double>(plan.peak_bytes)),
              byte_text(static_cast<double>(planned)));
   if (options.backward) {
-    fmt::print("{:<9}{} at most for the backward; the lines below are the forward's\n", "",
-               byte_text(static_cast<double>(backward_bytes(options, inputs, call))));
+    fmt::print("{:<9}{} for the backward; the lines below are the forward's\n", "",
+               byte_text(static_cast<double>(call.backward->peak_bytes)));
   }
   for (const std::string& note : plan.notes) fmt::print("{:<9}{}\n", "note", note);
   if (plan.workers == 1) return;

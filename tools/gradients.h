@@ -22,9 +22,6 @@ struct GradientTensor {
 // the dtype of the primal, or float32 with --out-dtype=float32.
 std::vector<GradientTensor> gradient_tensors(const Options& options, const Inputs& inputs);
 
-// An upper bound of what the backward allocates; see the comments at its numbers.
-std::int64_t backward_bytes(const Options& options, const Inputs& inputs, const Call& call);
-
 // What reference::check_gradients() takes for `rows` rows per head, 0: all.
 std::int64_t gradient_check_bytes(const Options& options, const Inputs& inputs, std::int64_t rows);
 

@@ -67,7 +67,7 @@ std::int64_t planned_bytes(std::int64_t at_start, const Options& options, const 
   const std::int64_t threads = std::int64_t{call.workers} * call.plan.threads_per_worker + checkers;
   std::int64_t computing = call.plan.peak_bytes, checking = checkers * per_row;
   if (options.backward) {
-    computing += backward_bytes(options, inputs, call);  // the allocator may keep the forward's
+    computing += call.backward->peak_bytes;  // the allocator may keep the forward's
     if (wants_check(options)) {
       checking =
           std::max(checking, call.plan.peak_bytes +
