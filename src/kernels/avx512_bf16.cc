@@ -15,6 +15,7 @@
 #if HWY_ARCH_X86 && HWY_TARGET == HWY_AVX3
 #define ANNULUS_PUSH_TARGET HWY_PUSH_ATTRIBUTES(HWY_TARGET_STR ",avx512bf16")
 #define ANNULUS_POP_TARGET HWY_POP_ATTRIBUTES
+#define ANNULUS_ATTR __attribute__((target(HWY_TARGET_STR ",avx512bf16")))
 #define ANNULUS_UNROLL _Pragma("GCC unroll 32")
 #include "kernels/backward-inl.h"
 #include "kernels/bfloat16-inl.h"

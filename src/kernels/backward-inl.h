@@ -169,14 +169,14 @@ class BackwardBlock {
         Multiply<A>(acc, a, kKeys * 4, q.qt, kWidth * 4, sizes_.k_steps);
       } else {
         const std::int64_t back = before * kKeys * kRowBytes;
-        MultiplyBeside(acc, a, q.qt, sizes_.k_steps, [&](int u) HWY_ATTR {
+        MultiplyBeside(acc, a, q.qt, sizes_.k_steps, [&](int u) ANNULUS_ATTR {
           GradientUnit(u, q.delta, ds_rows + back, ds_pairs + back);
         });
       }
       FinishScores(acc, work, t);
       Clear(acc);
       MultiplyBeside(acc, keys_.v + t * sizes_.v_tile_bytes(), q.ot, sizes_.v_steps,
-                     [&](int u) HWY_ATTR { ExponentialUnit(u, q.lse, p_rows + row); });
+                     [&](int u) ANNULUS_ATTR { ExponentialUnit(u, q.lse, p_rows + row); });
       StoreTile(acc, dp_);
       if (!plain_ || call_.rule.dropout || work.ds != nullptr)
         Adjust(work, t, q.delta, p_rows + row);

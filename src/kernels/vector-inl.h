@@ -20,6 +20,7 @@
 #ifndef ANNULUS_PUSH_TARGET
 #define ANNULUS_PUSH_TARGET HWY_BEFORE_NAMESPACE();
 #define ANNULUS_POP_TARGET HWY_AFTER_NAMESPACE();
+#define ANNULUS_ATTR HWY_ATTR  // of lambdas, which clang's attributes of a region leave out
 #define ANNULUS_UNROLL _Pragma("GCC unroll 32")
 #endif
 
