@@ -135,7 +135,7 @@ CallSummary ring_attention_backward(Communicator& comm, const TensorView& dout, 
   check_travel(*call, options);
   const FloatTensor delta(row_shape(call->problem));
   const BiasGradient bias(call->problem);
-  const CallSummary summary = run_backward(comm, *call, options, delta.view(), bias);
+  CallSummary summary = run_backward(comm, *call, options, delta.view(), bias);
   bias.finish();
   return summary;
 }
