@@ -56,6 +56,9 @@ class Tensor {
     if (dtype_ == DType::kInt32) {
       const auto number = static_cast<std::int32_t>(value);
       std::memcpy(at, &number, 4);
+    } else if (dtype_ == DType::kInt64) {
+      const auto number = static_cast<std::int64_t>(value);
+      std::memcpy(at, &number, 8);
     } else if (dtype_ == DType::kUInt8 || dtype_ == DType::kBool) {
       *at = static_cast<std::byte>(value != 0);
     } else {

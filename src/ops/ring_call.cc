@@ -40,8 +40,8 @@ void require_agreement(const std::string& operation, const std::vector<Parcel>& 
       if (first[i] != other[i])
         differences += concat(" rank 0: ", first[i], ", rank ", rank, ": ", other[i], ";");
     }
-    throw CommError(ErrorCode::kPeerMismatch, operation + ": the ranks disagree:" + differences,
-                    static_cast<int>(rank),
+    throw CommError(ErrorCode::kPeerMismatch,
+                    concat(operation, ": the ranks disagree:", differences), static_cast<int>(rank),
                     "pass the same shapes, dtypes and options on every rank");
   }
 }
