@@ -145,7 +145,7 @@ class Backward(CliTest):
 
     def test_memory_stays_below_the_plan(self):
         self.skip_with_a_sanitizer()
-        for options in (["--tokens=20000", "--head-dim=128"], ["--tokens=3000", "--workers=16", "--check=4"],
+        for options in (["--tokens=20000", "--head-dim=128"], ["--tokens=3000", "--workers=64", "--check=4"],
                         ["--tokens=30000", "--workers=8", "--dtype=f32", "--partition=striped"],
                         ["--tokens=20000", "--workers=6", "--heads=2", "--kv-heads=1", "--ring-backward=q"]):
             result = self.json("run", "--backward", "--sliding-window=64,0", *options)

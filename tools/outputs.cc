@@ -67,7 +67,9 @@ std::int64_t planned_bytes(std::int64_t at_start, const Options& options, const 
   const std::int64_t threads = std::int64_t{call.workers} * call.plan.threads_per_worker + checkers;
   std::int64_t computing = call.plan.peak_bytes, checking = checkers * per_row;
   if (options.backward) {
-    computing += call.backward->peak_bytes;  // the allocator may keep the forward's
+    // What was freed in small blocks, the forward's and gradients that travelled, is kept for
+    // reuse.
+    computing += call.backward->peak_bytes + 2 * threads * kPerThread;
     if (wants_check(options)) {
       checking =
           std::max(checking, call.plan.peak_bytes +

@@ -152,6 +152,7 @@ void require_memory(std::int64_t planned_bytes) {
 void return_freed_memory() {
 #ifdef __GLIBC__
   mallopt(M_MMAP_THRESHOLD, 128 << 10);
+  mallopt(M_ARENA_MAX, 2);
 #endif
 }
 

@@ -24,8 +24,9 @@ Limits read_limits();
 // in the middle.
 void require_memory(std::int64_t planned_bytes);
 
-// From now on blocks of 128 KiB and more go back to the system when they are freed. By itself
-// the C library soon keeps them for reuse, and gradients that travel would pile up in it.
+// From now on blocks of 128 KiB and more go back to the system when they are freed, and threads
+// share the rest. By itself the C library soon keeps all of them for reuse, per thread, and
+// gradients that travel would pile up there.
 void return_freed_memory();
 
 // From now on SIGINT and SIGTERM ask the program to stop; a second one ends it at once.
