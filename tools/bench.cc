@@ -32,8 +32,8 @@ medians. peak is a register-only loop of the row's instruction, timed before and
   x1pass     speed of a ring over the speed of one pass on all allowed CPUs
   xplain     speed over the speed of the plain partner
 Forward rows compute out and lse, backward rows the gradients alone, at 2.5 times the forward's FLOP.
-quick takes under two minutes and has the best path of this CPU for bf16 and for f32 (--isa chooses another); its
-backward rows of f32 have 8,192 tokens, all others 16,384. kernels adds the other paths, grouped heads, packed
+quick takes about three minutes on two fast CPUs: the forward of every path of this CPU for bf16 and f32, and the
+backward of the best one for each (--isa chooses one alone). kernels adds the others' backward, grouped heads, packed
 sequences, tails, odd head sizes, inputs in which every key moves the maximum, and gradients with dropout, with a bias,
 in two passes and in float16; ring adds partitions and numbers of workers. Exit status 1: a row failed its check.
 )";

@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <iterator>
 
 #include "annulus/targets.h"
 #include "bench_rows.h"
@@ -64,9 +65,6 @@ int add(BenchGroup& group, const BenchRow& row) {
   return static_cast<int>(group.size()) - 1;
 }
 
-// Ten calls of float32 gradients at 16,384 tokens take minutes on a small machine.
-constexpr std::int64_t kFloat32BackwardTokens = 8192;
-
 struct Pair {
   int full;
   int causal;
@@ -96,21 +94,17 @@ BenchRow ring_row(const Path& path, bool causal, int workers, const std::string&
 Pair add_backward_pair(BenchGroup& group, const Path& path, std::int64_t head_dim, int threads,
                        std::optional<Pair> one_thread) {
   const Pair pair = add_pair(group, path, head_dim, threads, one_thread);
-  for (const int at : {pair.full, pair.causal}) {
-    BenchRow& row = group[static_cast<std::size_t>(at)];
-    row.backward = true;
-    if (path.dtype == DType::kFloat32) set_length(row, kFloat32BackwardTokens);
-  }
+  for (const int at : {pair.full, pair.causal}) group[static_cast<std::size_t>(at)].backward = true;
   return pair;
 }
 
-std::vector<BenchGroup> on_path(const Path& path, const SuiteChoice& choice) {
+std::vector<BenchGroup> forward_on(const Path& path, const SuiteChoice& choice) {
   constexpr int kWorkers = 4;
   const int cpus = allowed_cpus();
   const int several = choice.threads.value_or(2);
   std::vector<BenchGroup> groups;
   for (const std::int64_t head_dim : {64, 128}) {
-    BenchGroup group, backward;
+    BenchGroup group;
     const Pair one = add_pair(group, path, head_dim, 1, {});
     Pair single = one;
     if (several > 1 && cpus > 1) single = add_pair(group, path, head_dim, several, one);
@@ -124,18 +118,33 @@ std::vector<BenchGroup> on_path(const Path& path, const SuiteChoice& choice) {
       add(group, causal);
     }
     groups.push_back(group);
-    const Pair alone = add_backward_pair(backward, path, head_dim, 1, {});
-    if (several > 1 && cpus > 1) add_backward_pair(backward, path, head_dim, several, alone);
-    groups.push_back(backward);
   }
   return groups;
 }
 
-std::vector<BenchGroup> on_paths(const std::vector<Path>& paths, const SuiteChoice& choice) {
+std::vector<BenchGroup> backward_on(const Path& path, const SuiteChoice& choice) {
+  const int several = choice.threads.value_or(2);
   std::vector<BenchGroup> groups;
-  for (const Path& path : paths) {
-    for (BenchGroup& group : on_path(path, choice)) groups.push_back(std::move(group));
+  for (const std::int64_t head_dim : {64, 128}) {
+    BenchGroup group;
+    const Pair alone = add_backward_pair(group, path, head_dim, 1, {});
+    if (several > 1 && allowed_cpus() > 1) add_backward_pair(group, path, head_dim, several, alone);
+    groups.push_back(group);
   }
+  return groups;
+}
+
+void append(std::vector<BenchGroup>& groups, std::vector<BenchGroup> more) {
+  std::move(more.begin(), more.end(), std::back_inserter(groups));
+}
+
+// Ten calls of gradients take minutes on the slower paths: those are in kernels.
+std::vector<BenchGroup> quick(const SuiteChoice& choice) {
+  std::vector<BenchGroup> groups;
+  for (const std::vector<Path>& paths : {best_paths(choice), other_paths(choice)}) {
+    for (const Path& path : paths) append(groups, forward_on(path, choice));
+  }
+  for (const Path& path : best_paths(choice)) append(groups, backward_on(path, choice));
   return groups;
 }
 
@@ -229,7 +238,8 @@ BenchGroup gradients_of_grouped_heads(const Path& path) {
 }
 
 std::vector<BenchGroup> kernels(const SuiteChoice& choice) {
-  std::vector<BenchGroup> groups = on_paths(other_paths(choice), choice);
+  std::vector<BenchGroup> groups;
+  for (const Path& path : other_paths(choice)) append(groups, backward_on(path, choice));
   for (const Path& path : best_paths(choice)) {
     groups.push_back(special_masks_and_inputs(path));
     groups.push_back(odd_head_dims(path));
@@ -291,16 +301,15 @@ int BenchRow::threads() const {
 }
 
 std::vector<BenchGroup> suite(const std::string& name, const SuiteChoice& choice) {
-  if (name == "quick") return on_paths(best_paths(choice), choice);
+  if (name == "quick") return quick(choice);
   if (name == "kernels") return kernels(choice);
   if (name == "ring") return rings(choice);
   if (name == "decode") {
     fail<Unsupported>("use --suite=quick, kernels, ring or all",
                       "--suite=decode: attention over a paged cache is not in this build yet");
   }
-  std::vector<BenchGroup> groups = on_paths(best_paths(choice), choice);
-  for (const auto& more : {kernels(choice), rings(choice)})
-    groups.insert(groups.end(), more.begin(), more.end());
+  std::vector<BenchGroup> groups = quick(choice);
+  append(groups, kernels(choice)), append(groups, rings(choice));
   return groups;
 }
 
