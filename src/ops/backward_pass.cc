@@ -8,6 +8,9 @@
 namespace annulus {
 namespace {
 
+// Blocks by which a panel stays behind the one before: its prefetch of the next block's dq must not
+// take lines that are still written.
+constexpr std::int64_t kLead = 1;
 constexpr std::int64_t kDone = std::numeric_limits<std::int64_t>::max();
 
 std::int64_t index_of(const Problem& problem, const Head& head) {
@@ -178,7 +181,7 @@ void BackwardPass::wait_turn(const std::atomic<std::int64_t>* progress, std::int
                              std::int64_t at, std::int64_t& lowest) const {
   while (lowest < panel && progress[lowest].load(std::memory_order_acquire) == kDone) ++lowest;
   for (std::int64_t p = lowest; p < panel; ++p) {
-    for (int tries = 0; progress[p].load(std::memory_order_acquire) <= at; ++tries) {
+    for (int tries = 0; progress[p].load(std::memory_order_acquire) <= at + kLead; ++tries) {
       if (failed_) return;
       if (tries % 64 == 63) std::this_thread::yield();
     }
