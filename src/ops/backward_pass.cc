@@ -8,9 +8,14 @@
 namespace annulus {
 namespace {
 
-// Blocks by which a panel stays behind the one before: its prefetch of the next block's dq must not
-// take lines that are still written.
-constexpr std::int64_t kLead = 1;
+// Blocks by which a panel stays behind the one before. dq that another core wrote just now is slow
+// to read, and the prefetch of the next block must not take lines that are still written: far
+// behind is better (8 blocks against 2: 5 % at 16K tokens, d = 128, two threads), as long as all
+// threads find room.
+std::int64_t lead_of(std::int64_t blocks, int threads) {
+  return std::clamp<std::int64_t>(blocks / (8 * threads), 1, 7);
+}
+
 constexpr std::int64_t kDone = std::numeric_limits<std::int64_t>::max();
 
 std::int64_t index_of(const Problem& problem, const Head& head) {
@@ -27,6 +32,7 @@ struct BackwardPass::Work {
   float* dkv;
   std::int64_t panels;
   std::int64_t blocks;
+  std::int64_t lead;
 
   [[nodiscard]] KeyRange panel(std::int64_t index, std::int64_t panel_keys) const {
     const std::int64_t begin = index * panel_keys;
@@ -117,12 +123,14 @@ std::int64_t BackwardPass::run(const QueryBlock& queries, const KeyBlock& keys, 
                                float* dkv) {
   pairs_ = 0, failed_ = false;
   if (queries.strips() == 0 || keys.num_keys() == 0 || problem_.kv_heads() == 0) return 0;
+  const std::int64_t blocks = ceil_div(queries.strips(), block_strips_);
   const Work work{queries,
                   keys,
                   dq,
                   dkv,
                   ceil_div(keys.num_keys(), blocking_.panel_keys),
-                  ceil_div(queries.strips(), block_strips_)};
+                  blocks,
+                  lead_of(blocks, executor_.threads())};
   run_keys(work, options_.fused);
   if (!options_.fused) run_queries(work);
   return pairs_;
@@ -163,7 +171,7 @@ void BackwardPass::key_unit(const Work& work, std::size_t set, std::int64_t pane
       progress[panel].store(place + blocks[i].index, std::memory_order_release);
       pairs_ += prepare(work, head, blocks[i], range, memory, strips);
       if (strips.empty()) continue;
-      if (want_dq) wait_turn(progress, panel, place + blocks[i].index, lowest);
+      if (want_dq) wait_turn(progress, panel, place + blocks[i].index + work.lead, lowest);
       if (failed_) return;
       call(work, head, range, strips, i + 1 < blocks.size() ? &blocks[i + 1] : &blocks[0], want_dq,
            true, memory);
@@ -181,7 +189,7 @@ void BackwardPass::wait_turn(const std::atomic<std::int64_t>* progress, std::int
                              std::int64_t at, std::int64_t& lowest) const {
   while (lowest < panel && progress[lowest].load(std::memory_order_acquire) == kDone) ++lowest;
   for (std::int64_t p = lowest; p < panel; ++p) {
-    for (int tries = 0; progress[p].load(std::memory_order_acquire) <= at + kLead; ++tries) {
+    for (int tries = 0; progress[p].load(std::memory_order_acquire) <= at; ++tries) {
       if (failed_) return;
       if (tries % 64 == 63) std::this_thread::yield();
     }
