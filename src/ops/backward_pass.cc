@@ -13,7 +13,7 @@ namespace {
 // behind is better (8 blocks against 2: 5 % at 16K tokens, d = 128, two threads), as long as all
 // threads find room.
 std::int64_t lead_of(std::int64_t blocks, int threads) {
-  return std::clamp<std::int64_t>(blocks / (8 * threads), 1, 7);
+  return std::clamp<std::int64_t>(blocks / (std::int64_t{8} * threads), 1, 7);
 }
 
 constexpr std::int64_t kDone = std::numeric_limits<std::int64_t>::max();
