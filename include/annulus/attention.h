@@ -1,9 +1,10 @@
 // Exact attention on one machine in one pass, and what every operation of Annulus shares: the
 // options, the plan and the summary of a call.
 //
-//   s   = softmax_scale * dot(q, k), capped, plus bias       L = log(sum over visible keys exp(s) +
-//   sum over sinks exp(a)) out = sum over visible keys exp(s - L) v                 lse = L,
-//   natural logarithm, sinks included
+//   s   = softmax_scale * dot(q, k), capped, plus bias
+//   L   = log(sum over visible keys exp(s) + sum over sinks exp(a))
+//   out = sum over visible keys exp(s - L) v
+//   lse = L, natural logarithm, sinks included
 //
 // A row that sees nothing: out = 0 and lse = -inf (lse = logsumexp(sinks) with sinks). What is
 // masked never reaches a result, NaN and Inf included.
@@ -86,11 +87,11 @@ struct CallSummary {
 
 // out = attention(q, k, v).
 //
-//   q    [batch, q_len,  num_heads,    head_dim]     float32, bfloat16 or float16; k and v of the
-//   same dtype k    [batch, kv_len, num_kv_heads, head_dim]     num_heads is a multiple of
-//   num_kv_heads v    [batch, kv_len, num_kv_heads, v_head_dim] out  [batch, q_len,  num_heads,
-//   v_head_dim]   the dtype of q, or float32 lse  [batch, q_len,  num_heads,    1] float32, or an
-//   empty view
+//   q    [batch, q_len,  num_heads,    head_dim]     float32, bfloat16 or float16
+//   k    [batch, kv_len, num_kv_heads, head_dim]     the dtype of q, and so is v
+//   v    [batch, kv_len, num_kv_heads, v_head_dim]   num_heads is a multiple of num_kv_heads
+//   out  [batch, q_len,  num_heads,    v_head_dim]   the dtype of q, or float32
+//   lse  [batch, q_len,  num_heads,    1]            float32, or an empty view
 //
 // Cost 2 * pairs * (head_dim + v_head_dim) FLOP; allocates a packed copy of k and v and, per
 // thread, one block of rows. Throws InvalidArgument before anything is written, Unsupported for an
@@ -112,11 +113,14 @@ struct Gradients {
 // float32). out and lse are what attention() returned for the same arguments; lse is read as
 // float32 [batch, q_len, num_heads, 1].
 //
-//   delta = sum of dout * out over v_head_dim       ds = p * (keep / (1 - dropout_prob) * dp -
-//   delta) dp = dout v^T                                   dbias = ds    da = -exp(a - lse) *
-//   delta, summed dv = (p * keep / (1 - dropout_prob))^T dout     dq = softmax_scale * ds k, dk
-//   likewise; with a
-//                                                   cap ds is first multiplied by 1 - (s / cap)^2
+//   delta = sum of dout * out over v_head_dim
+//   dp    = dout v^T
+//   ds    = p * (keep / (1 - dropout_prob) * dp - delta)
+//   dbias = ds
+//   da    = -exp(a - lse) * delta, summed over rows
+//   dv    = (p * keep / (1 - dropout_prob))^T dout
+//   dq    = softmax_scale * ds k, dk likewise; with a cap ds is first multiplied by
+//           1 - (s / cap)^2
 //
 // Every sum is float32, rounded once at the end. The same arguments give the same bits whatever the
 // number of threads. Cost 2.5 times the forward's FLOP; allocates float32 gradients and packed

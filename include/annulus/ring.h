@@ -19,7 +19,8 @@ inline namespace v1 {
 enum class Topology : std::uint8_t { kRing, kLinear };
 
 // What travels in the backward: keys and values with their gradients, or queries and dout with
-// theirs. kAuto takes what moves fewer bytes; keys where dbias is wanted.
+// theirs. kAuto takes what moves fewer bytes; keys where shards have rows of bias or
+// attention_mask.
 enum class RingBackward : std::uint8_t { kAuto, kKeys, kQueries };
 
 struct RingOptions {
@@ -63,12 +64,13 @@ std::vector<CallSummary> ring_attention_backward(int workers, const TensorView& 
                                                  const TensorView& lse, const Gradients& gradients,
                                                  const RingOptions& options = {});
 
-// Forward and backward in one call: delta comes from the float32 rows of out before they are
-// rounded. Global form; lse may be empty.
 struct TrainingSummary {
   CallSummary forward;
   CallSummary backward;
 };
+
+// Forward and backward in one call: delta comes from the float32 rows of out before they are
+// rounded. Global form; lse may be empty.
 std::vector<TrainingSummary> ring_attention_with_gradients(
     int workers, const TensorView& dout, const TensorView& q, const TensorView& k,
     const TensorView& v, const MutableTensorView& out, const MutableTensorView& lse,
@@ -130,7 +132,7 @@ struct BackwardPlan {
   std::int64_t peak_bytes = 0;  // allocated by the call at its peak
 };
 
-// The plan of the global form of ring_attention_backward(). dbias: its gradient is asked for, in a
+// The plan of the global form of ring_attention_backward(). rounded_dbias: dbias is asked for, in a
 // type other than float32.
 BackwardPlan explain_backward(int workers, const TensorView& q, const TensorView& k,
                               const TensorView& v, DType dout_dtype,

@@ -138,7 +138,7 @@ std::int64_t BackwardPass::run(const QueryBlock& queries, const KeyBlock& keys, 
 
 // A unit is a panel of keys with all queries of a set of heads. With want_dq, panels add to the
 // dq of a block in their order: a wavefront, in which a thread trails the one on the panel before
-// by a block. Units are taken in order, so the lowest one never waits.
+// by a few blocks. Units are taken in order, so the lowest one never waits.
 void BackwardPass::run_keys(const Work& work, bool want_dq) {
   const auto sets = static_cast<std::int64_t>(sets_.size());
   std::vector<std::atomic<std::int64_t>> progress(static_cast<std::size_t>(sets * work.panels));

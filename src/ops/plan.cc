@@ -15,7 +15,7 @@ std::int64_t block_bytes(const ForwardKernel& kernel, const Problem& problem, st
   return problem.kv_heads() * kernel.packed_bytes(problem.dims, keys);
 }
 
-// What one rank allocates at its peak; see RingRank and ForwardPass.
+// What one rank allocates at its peak; see ForwardRank and ForwardPass.
 std::int64_t rank_bytes(const ForwardKernel& kernel, const Problem& problem, const Plan& plan,
                         int rank, const RankSchedule& schedule, const RankCosts& costs, bool lend) {
   const auto r = static_cast<std::size_t>(rank);
