@@ -14,6 +14,7 @@
 #include "annulus/communicator.h"
 #include "base/aligned_buffer.h"
 #include "base/fail.h"
+#include "comm/parcel.h"
 
 namespace annulus {
 namespace {
@@ -43,7 +44,7 @@ Parcel aligned_copy(std::span<const std::byte> bytes) {
   const auto size = static_cast<std::int64_t>(bytes.size());
   const auto owned = std::make_shared<const AlignedBuffer>(size);
   if (size > 0) std::memcpy(owned->data(), bytes.data(), bytes.size());
-  return {std::span<const std::byte>(owned->data(), bytes.size()), owned};
+  return parcel_of(owned);
 }
 
 struct Gathering {

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "comm/parcel.h"
 #include "ops/backward_pass.h"
 
 namespace annulus {
@@ -36,11 +37,6 @@ std::int64_t BackwardSizes::strip_floats() const {
 }
 
 namespace {
-
-Parcel parcel_of(std::shared_ptr<AlignedBuffer> buffer) {
-  const auto size = static_cast<std::size_t>(buffer->size_bytes());
-  return {std::span<const std::byte>(buffer->data(), size), std::move(buffer)};
-}
 
 void pack_one_strip(const BackwardKernel& kernel, const QuerySide& side, const Head& head,
                     std::int64_t strip, const RowStatistics& statistics, std::byte* to) {
@@ -78,9 +74,8 @@ Parcel pack_queries(const BackwardKernel& kernel, const QuerySide& side,
     const std::int64_t all = problem.kv_heads() * strips;
     for (std::int64_t i = next++; i * kPiece < all; i = next++) {
       for (std::int64_t number = i * kPiece; number < std::min(all, (i + 1) * kPiece); ++number) {
-        const std::int64_t h = number / strips;
-        pack_one_strip(kernel, side, {h / problem.num_kv_heads, h % problem.num_kv_heads},
-                       number % strips, statistics, buffer->data() + number * strip_bytes);
+        pack_one_strip(kernel, side, problem.head_at(number / strips), number % strips, statistics,
+                       buffer->data() + number * strip_bytes);
       }
     }
   });

@@ -18,10 +18,6 @@ std::int64_t lead_of(std::int64_t blocks, int threads) {
 
 constexpr std::int64_t kDone = std::numeric_limits<std::int64_t>::max();
 
-std::int64_t index_of(const Problem& problem, const Head& head) {
-  return head.batch * problem.num_kv_heads + head.kv_head;
-}
-
 }  // namespace
 
 // One call of run().
@@ -46,6 +42,12 @@ struct BackwardPass::NeededBlock {
   std::int64_t first;
   std::int64_t end;
   TileClass shade;
+};
+
+// The strips of a block that see something, and which of their head they are.
+struct BackwardPass::Prepared {
+  std::vector<BackwardStrip> strips;
+  std::vector<std::int64_t> numbers;
 };
 
 // What one thread keeps, per strip of a block; all pieces are multiples of 64 bytes.
@@ -163,19 +165,19 @@ void BackwardPass::key_unit(const Work& work, std::size_t set, std::int64_t pane
                             std::byte* memory_begin, std::atomic<std::int64_t>* progress) {
   const ThreadMemory memory(*this, memory_begin);
   const KeyRange range = work.panel(panel, blocking_.panel_keys);
-  std::vector<BackwardStrip> strips;
+  Prepared prepared;
   std::int64_t place = 0, lowest = 0;
   for (const Head& head : sets_[set]) {
     const std::vector<NeededBlock> blocks = needed_blocks(work, head, range);
     for (std::size_t i = 0; i < blocks.size(); ++i) {
       progress[panel].store(place + blocks[i].index, std::memory_order_release);
-      pairs_ += prepare(work, head, blocks[i], range, memory, strips);
-      if (strips.empty()) continue;
+      pairs_ += prepare(work, head, blocks[i], range, memory, prepared);
+      if (prepared.strips.empty()) continue;
       if (want_dq) wait_turn(progress, panel, place + blocks[i].index + work.lead, lowest);
       if (failed_) return;
-      call(work, head, range, strips, i + 1 < blocks.size() ? &blocks[i + 1] : &blocks[0], want_dq,
-           true, memory);
-      if (options_.dbias_sum) add_dbias(work, head, blocks[i], range, strips);
+      call(work, head, range, prepared.strips, i + 1 < blocks.size() ? &blocks[i + 1] : &blocks[0],
+           want_dq, true, memory);
+      if (options_.dbias_sum) add_dbias(work, head, range, prepared);
       tick_();
     }
     place += work.blocks;
@@ -202,18 +204,18 @@ void BackwardPass::run_queries(const Work& work) {
   std::atomic<std::int64_t> next{0};
   executor_.run([&](int thread) {
     const ThreadMemory memory(*this, thread_memory_[static_cast<std::size_t>(thread)].data());
-    std::vector<BackwardStrip> strips;
+    Prepared prepared;
     for (std::int64_t unit = next++; unit < heads * work.blocks; unit = next++) {
-      const std::int64_t h = unit / work.blocks, index = unit % work.blocks;
-      const Head head{h / problem_.num_kv_heads, h % problem_.num_kv_heads};
+      const std::int64_t index = unit % work.blocks;
+      const Head head = problem_.head_at(unit / work.blocks);
       for (std::int64_t panel = 0; panel < work.panels; ++panel) {
         const KeyRange range = work.panel(panel, blocking_.panel_keys);
         std::vector<NeededBlock> found;
         find_blocks(work, head, range, index, index + 1, found);
         if (found.empty()) continue;
-        prepare(work, head, found[0], range, memory, strips);
-        if (strips.empty()) continue;
-        call(work, head, range, strips, nullptr, true, false, memory);
+        prepare(work, head, found[0], range, memory, prepared);
+        if (prepared.strips.empty()) continue;
+        call(work, head, range, prepared.strips, nullptr, true, false, memory);
         tick_();
       }
     }
@@ -253,11 +255,11 @@ void BackwardPass::find_blocks(const Work& work, const Head& head, const KeyRang
 // The strips of a block that see something, with their terms. Returns the visible pairs.
 std::int64_t BackwardPass::prepare(const Work& work, const Head& head, const NeededBlock& block,
                                    const KeyRange& range, const ThreadMemory& memory,
-                                   std::vector<BackwardStrip>& strips) const {
+                                   Prepared& prepared) const {
   const QuerySide& side = work.queries.side;
-  const std::int64_t head_index = index_of(problem_, head), width = kernel_.strip_rows;
+  const std::int64_t head_index = problem_.index_of(head), width = kernel_.strip_rows;
   std::int64_t pairs = 0;
-  strips.clear();
+  prepared.strips.clear(), prepared.numbers.clear();
   for (std::int64_t s = block.first; s < block.end; ++s) {
     const std::int64_t first = (s - block.first) * blocking_.panel_keys;
     const std::int64_t number = head_index * work.queries.strips() + s;
@@ -279,7 +281,7 @@ std::int64_t BackwardPass::prepare(const Work& work, const Head& head, const Nee
     if (problem_.rule.bias) strip.bias = memory.bias + first * width;
     if (problem_.rule.dropout) strip.keep_bits = memory.keep_bits + first;
     if (options_.dbias_sum) strip.ds = memory.ds + first * width;
-    strips.push_back(strip);
+    prepared.strips.push_back(strip), prepared.numbers.push_back(s);
   }
   return pairs;
 }
@@ -287,7 +289,7 @@ std::int64_t BackwardPass::prepare(const Work& work, const Head& head, const Nee
 void BackwardPass::call(const Work& work, const Head& head, const KeyRange& range,
                         const std::vector<BackwardStrip>& strips, const NeededBlock* next,
                         bool want_dq, bool want_dkv, const ThreadMemory& memory) const {
-  const std::int64_t h = index_of(problem_, head), keys = sizes_.padded_keys(work.keys.num_keys());
+  const std::int64_t h = problem_.index_of(head), keys = sizes_.padded_keys(work.keys.num_keys());
   float* dk = work.dkv + h * keys * (sizes_.k_row + sizes_.v_row);
   BackwardCall call{};
   call.packed = work.keys.packed.bytes.data() + h * work.keys.head_bytes;
@@ -309,15 +311,11 @@ void BackwardPass::call(const Work& work, const Head& head, const KeyRange& rang
   kernel_.block(call);
 }
 
-void BackwardPass::add_dbias(const Work& work, const Head& head, const NeededBlock& block,
-                             const KeyRange& range,
-                             const std::vector<BackwardStrip>& strips) const {
-  const std::int64_t first = index_of(problem_, head) * work.queries.strips() + block.first;
-  for (const BackwardStrip& strip : strips) {
-    const std::int64_t offset =
-        reinterpret_cast<const std::byte*>(strip.packed) - work.queries.packed.bytes.data();
-    const std::int64_t number = offset / work.queries.strip_bytes - first + block.first;
-    const Lanes lanes = work.queries.side.lanes(head, number);
+void BackwardPass::add_dbias(const Work& work, const Head& head, const KeyRange& range,
+                             const Prepared& prepared) const {
+  for (std::size_t i = 0; i < prepared.strips.size(); ++i) {
+    const BackwardStrip& strip = prepared.strips[i];
+    const Lanes lanes = work.queries.side.lanes(head, prepared.numbers[i]);
     scatter_dbias({terms_, problem_, head, lanes, work.keys, range, strip.tile_class}, strip.ds,
                   options_.dbias_sum);
   }

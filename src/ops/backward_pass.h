@@ -75,6 +75,7 @@ class BackwardPass {
   struct Work;
   struct ThreadMemory;
   struct NeededBlock;
+  struct Prepared;
 
   void run_keys(const Work& work, bool want_dq);
   void run_queries(const Work& work);
@@ -87,13 +88,12 @@ class BackwardPass {
   void find_blocks(const Work& work, const Head& head, const KeyRange& range, std::int64_t first,
                    std::int64_t end, std::vector<NeededBlock>& found) const;
   std::int64_t prepare(const Work& work, const Head& head, const NeededBlock& block,
-                       const KeyRange& range, const ThreadMemory& memory,
-                       std::vector<BackwardStrip>& strips) const;
+                       const KeyRange& range, const ThreadMemory& memory, Prepared& prepared) const;
   void call(const Work& work, const Head& head, const KeyRange& range,
             const std::vector<BackwardStrip>& strips, const NeededBlock* next, bool want_dq,
             bool want_dkv, const ThreadMemory& memory) const;
-  void add_dbias(const Work& work, const Head& head, const NeededBlock& block,
-                 const KeyRange& range, const std::vector<BackwardStrip>& strips) const;
+  void add_dbias(const Work& work, const Head& head, const KeyRange& range,
+                 const Prepared& prepared) const;
   [[nodiscard]] std::vector<std::vector<Head>> head_sets() const;
 
   const BackwardKernel& kernel_;

@@ -41,7 +41,7 @@ ForwardLayout make_forward_layout(const ForwardKernel& kernel, const Problem& pr
                                   std::int64_t tokens, int threads, bool keep_states) {
   ForwardLayout layout;
   const Blocking blocking = kernel.blocking(problem.dims);
-  const std::int64_t heads = problem.batch * problem.num_kv_heads;
+  const std::int64_t heads = problem.kv_heads();
   layout.panel_keys = blocking.panel_keys;
   layout.strip_bytes = kernel.strip_bytes(problem.dims);
   layout.out_stride = round_up(problem.dims.v_head_dim, 16);
@@ -65,11 +65,10 @@ ForwardLayout make_forward_layout(const ForwardKernel& kernel, const Problem& pr
 std::vector<Item> make_items(const ForwardLayout& layout, const Problem& problem,
                              const ForwardKernel& kernel) {
   std::vector<Item> items;
-  for (std::int64_t head = 0; head < problem.batch * problem.num_kv_heads && layout.items > 0;
-       ++head) {
+  for (std::int64_t head = 0; head < problem.kv_heads() && layout.items > 0; ++head) {
     for (std::int64_t strip = 0; strip < layout.strips_per_head; strip += layout.strips_per_item) {
       Item item;
-      item.head = {head / problem.num_kv_heads, head % problem.num_kv_heads};
+      item.head = problem.head_at(head);
       item.strip_begin = strip,
       item.strip_end = std::min(strip + layout.strips_per_item, layout.strips_per_head);
       item.row_begin = strip * kernel.strip_rows;
@@ -108,9 +107,7 @@ std::vector<std::int64_t> count_item_pairs(const Problem& problem, const std::ve
   std::vector<std::int64_t> pairs(items.size());
   const bool same_for_heads = !problem.visibility.per_head();
   const std::size_t per_head =
-      problem.num_kv_heads * problem.batch > 0
-          ? items.size() / static_cast<std::size_t>(problem.batch * problem.num_kv_heads)
-          : 1;
+      problem.kv_heads() > 0 ? items.size() / static_cast<std::size_t>(problem.kv_heads()) : 1;
   for (std::size_t i = 0; i < items.size(); ++i) {
     const Item& item = items[i];
     if (same_for_heads && item.head.kv_head > 0) {
@@ -184,8 +181,7 @@ std::int64_t ForwardPass::attend_block(const KeyBlock* keys,
     for (std::size_t i = next++; i < order.size(); i = next++) {
       const Item& item = items_[order[i]];
       const std::int64_t strip =
-          (item.head.batch * problem_.num_kv_heads + item.head.kv_head) * layout_.strips_per_head +
-          item.strip_begin;
+          problem_.index_of(item.head) * layout_.strips_per_head + item.strip_begin;
       std::byte* states =
           layout_.state_bytes > 0 ? states_.data() + strip * layout_.strip_bytes : memory.states;
       if (first) start_item(item, states);
@@ -238,7 +234,7 @@ bool ForwardPass::prepare(const Item& item, std::int64_t strip, const KeyBlock& 
 std::int64_t ForwardPass::run_item(const Item& item, const KeyBlock& keys, std::byte* states,
                                    const ThreadMemory& memory) const {
   const std::vector<Panel> panels = needed_panels(item, keys);
-  const std::int64_t head = item.head.batch * problem_.num_kv_heads + item.head.kv_head;
+  const std::int64_t head = problem_.index_of(item.head);
   std::vector<StripWork> works;
   std::int64_t pairs = 0;
   for (std::size_t i = 0; i < panels.size(); ++i) {

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "base/aligned_buffer.h"
+#include "comm/parcel.h"
 
 namespace annulus {
 
@@ -74,13 +75,12 @@ Parcel pack_keys(const KeyPacking& packing, const Problem& problem, const Rows& 
   executor.run([&](int) {
     for (std::int64_t i = next++; i < heads * pieces; i = next++) {
       const std::int64_t head = i / pieces, begin = i % pieces * piece;
-      const std::int64_t b = head / problem.num_kv_heads, h = head % problem.num_kv_heads;
+      const auto [b, h] = problem.head_at(head);
       packing.pack(buffer->data() + head * bytes, source(problem.k, b, h), source(problem.v, b, h),
                    problem.dims, keys, begin, std::min(keys, begin + piece));
     }
   });
-  return {std::span<const std::byte>(buffer->data(), static_cast<std::size_t>(heads * bytes)),
-          buffer};
+  return parcel_of(buffer);
 }
 
 }  // namespace annulus

@@ -12,6 +12,12 @@
 
 namespace annulus {
 
+// A batch row and a KV head: what one packed head of keys belongs to.
+struct Head {
+  std::int64_t batch = 0;
+  std::int64_t kv_head = 0;
+};
+
 struct Problem {
   struct Dropout {
     std::uint64_t seed = 0;
@@ -39,7 +45,14 @@ struct Problem {
   std::vector<float> sinks;  // [num_heads] logsumexp of the head's sinks, -inf without
 
   [[nodiscard]] bool empty() const { return batch == 0 || num_heads == 0; }
+  // Heads of all batch rows, and their order in packed blocks.
   [[nodiscard]] std::int64_t kv_heads() const { return batch * num_kv_heads; }
+  [[nodiscard]] Head head_at(std::int64_t index) const {
+    return {index / num_kv_heads, index % num_kv_heads};
+  }
+  [[nodiscard]] std::int64_t index_of(const Head& head) const {
+    return head.batch * num_kv_heads + head.kv_head;
+  }
 };
 
 // What a call reads and writes.

@@ -13,12 +13,6 @@
 
 namespace annulus {
 
-// A batch row and a KV head: what one packed head of keys belongs to.
-struct Head {
-  std::int64_t batch = 0;
-  std::int64_t kv_head = 0;
-};
-
 struct QuerySide {
   const Problem* problem = nullptr;
   Rows rows;

@@ -10,6 +10,7 @@
 #include "annulus/ring.h"
 #include "base/fail.h"
 #include "base/half.h"
+#include "comm/parcel.h"
 #include "kernels/dispatch.h"
 #include "ops/ring_call.h"
 #include "ops/ring_rank.h"
@@ -23,12 +24,6 @@ std::shared_ptr<AlignedBuffer> zeros(std::int64_t bytes) {
   auto buffer = std::make_shared<AlignedBuffer>(bytes);
   if (bytes > 0) std::memset(buffer->data(), 0, static_cast<std::size_t>(bytes));
   return buffer;
-}
-
-Parcel parcel_of(const std::shared_ptr<AlignedBuffer>& buffer) {
-  return {
-      std::span<const std::byte>(buffer->data(), static_cast<std::size_t>(buffer->size_bytes())),
-      buffer};
 }
 
 }  // namespace
@@ -257,8 +252,7 @@ void BackwardRank::write_query_gradients(const float* dq) const {
   executor_.run([&](int) {
     std::vector<float> rows(static_cast<std::size_t>(kernel_.strip_rows * stride));
     for (std::int64_t i = next++; i < problem_.kv_heads() * strips; i = next++) {
-      const std::int64_t h = i / strips;
-      const Head head{h / problem_.num_kv_heads, h % problem_.num_kv_heads};
+      const Head head = problem_.head_at(i / strips);
       const Lanes lanes = own_queries_.side.lanes(head, i % strips);
       kernel_.unload_dq(dq + i * sizes_.strip_floats(), problem_.rule.scale, rows.data(), stride,
                         problem_.dims);
@@ -288,7 +282,7 @@ void BackwardRank::write_key_gradients(const float* dkv) const {
     const std::int64_t pieces = ceil_div(keys, kPiece);
     for (std::int64_t i = next++; i < problem_.kv_heads() * pieces; i = next++) {
       const std::int64_t h = i / pieces, first = i % pieces * kPiece;
-      const Head head{h / problem_.num_kv_heads, h % problem_.num_kv_heads};
+      const Head head = problem_.head_at(h);
       const float* dk = dkv + h * padded * (sizes_.k_row + sizes_.v_row);
       const float* dv = dk + padded * sizes_.k_row;
       for (std::int64_t key = first; key < std::min(keys, first + kPiece); ++key) {
