@@ -81,6 +81,40 @@ struct Errors {
   }
 };
 
+// Standard deviations of the errors of a tensor's elements. The elements of a row share the errors
+// of its weights, so the sum of their squares is known no better than rows are many; where a few
+// rows carry most of it, only these count: (sum of V)^2 / sum of V^2 with V a row's sum of squares.
+class Chances {
+ public:
+  void add(std::int64_t row, double deviation) {
+    if (row != row_) close_row();
+    row_ = row;
+    row_squares_ += deviation * deviation;
+    largest_ = std::max(largest_, deviation);
+    ++elements_;
+  }
+  [[nodiscard]] double largest() const { return largest_; }
+  [[nodiscard]] double rms() const { return reference::rms(squares_ + row_squares_, elements_); }
+  // What rms() may come to. Five standard deviations: nightly runs make some 10^6 comparisons, of
+  // which four would refuse thirty by chance and five less than one.
+  [[nodiscard]] double reach() const { return 1 + 5 / std::sqrt(independent_rows()); }
+
+ private:
+  void close_row() {
+    squares_ += row_squares_;
+    fourths_ += row_squares_ * row_squares_;
+    row_squares_ = 0;
+  }
+  [[nodiscard]] double independent_rows() const {
+    const double squares = squares_ + row_squares_;
+    const double fourths = fourths_ + row_squares_ * row_squares_;
+    return fourths > 0 ? squares * squares / fourths : 1;
+  }
+
+  std::int64_t row_ = 0, elements_ = 0;
+  double row_squares_ = 0, squares_ = 0, fourths_ = 0, largest_ = 0;
+};
+
 struct JudgeOptions {
   DType out_dtype = DType::kFloat32;
   bool bf16_products = false;  // and this gradient is made of them
@@ -100,8 +134,8 @@ class Judge {
 
   // `where` makes the element's name, which only failures need.
   template <class Where>
-  void add(const ExactElement& exact, float naive_float32, float naive, double computed,
-           const Where& where) {
+  void add(std::int64_t row, const ExactElement& exact, float naive_float32, float naive,
+           double computed, const Where& where) {
     const double expected = exact.value();
     if (std::isnan(expected) && std::isnan(computed)) return;
     const double once = rounded(judged_dtype(options_), expected);
@@ -115,8 +149,8 @@ class Judge {
     error_.add(error);
     rounding_.add(std::abs(once - expected));
     largest_.add(std::abs(expected));
-    chance_float32_.add(exact.chance_float32());
-    chance_bf16_.add(exact.chance_bf16());
+    chance_float32_.add(row, exact.chance_float32());
+    chance_bf16_.add(row, exact.chance_bf16());
     products_rounded_.add(exact.products_rounded());
     const double error_float32 = naive_error(naive_float32, expected);
     naive_float32_.add(error_float32);
@@ -169,28 +203,19 @@ class Judge {
            products + 8 * exact.chance_float32();
   }
 
-  // Standard deviations by which the rms error of a right program may exceed its expectation: the
-  // elements of a row share the errors of its weights, so rows count. Five of them: nightly runs
-  // make some 10^6 comparisons, of which four would refuse thirty by chance and five less than one.
-  [[nodiscard]] double few_rows() const {
-    return options_.strict
-               ? 0
-               : 1 + 5 / std::sqrt(static_cast<double>(std::max<std::int64_t>(rows_, 1)));
-  }
-
   // What float32 itself errs by stands in `floor`: with scores of hundreds it is more than one
   // rounding to bfloat16. Where few elements are looked at, rounding_max may be small by luck, the
   // errors of the products are not.
   void judge_rounding(CheckResult& result) const {
     const bool bf16 = options_.bf16_products;
-    const double floor =
-        1e-7 * largest_.max + naive_float32_.max + (options_.strict ? 0 : chance_float32_.max);
-    const double chance = bf16 && !options_.strict ? 4 * chance_bf16_.max : 0;
+    const double floor = 1e-7 * largest_.max + naive_float32_.max +
+                         (options_.strict ? 0 : chance_float32_.largest());
+    const double chance = bf16 && !options_.strict ? 4 * chance_bf16_.largest() : 0;
     require(result, "N2 largest error against rounding", error_.max,
             std::max((bf16 ? 3.5 : 1.05) * rounding_.max, rounding_.max + chance) + floor);
     require(result, "N2 largest error against naive same-dtype", error_.max,
             std::max(naive_.max, rounding_.max + chance) + floor);
-    const double chance_rms = bf16 ? few_rows() * rms(chance_bf16_.squares, elements_) : 0;
+    const double chance_rms = bf16 ? reach(chance_bf16_) * chance_bf16_.rms() : 0;
     // The error that these very weights make when rounded once; the tenth is for half-up kernels.
     const double products_rms = bf16 ? rms(products_rounded_.squares, elements_) : 0;
     require(result, "N2 rms error against rounding", result.rms_err,
@@ -200,20 +225,25 @@ class Judge {
                 floor);
   }
 
+  [[nodiscard]] double reach(const Chances& chances) const {
+    return options_.strict ? 0 : chances.reach();
+  }
+
   void judge_float32(CheckResult& result) const {
     require(result, "N2 largest error against naive float32", error_.max,
             naive_.max + 2 * spacing(DType::kFloat32, largest_.max) +
-                (options_.strict ? 0 : few_rows() * chance_float32_.max));
+                (options_.strict ? 0 : reach(chance_float32_) * chance_float32_.largest()));
     require(result, "N2 rms error against naive float32", result.rms_err,
             rms(naive_.squares, elements_) +
                 2 * spacing(DType::kFloat32, rms(largest_.squares, elements_)) +
-                few_rows() * rms(chance_float32_.squares, elements_));
+                reach(chance_float32_) * chance_float32_.rms());
   }
 
   JudgeOptions options_;
   std::int64_t rows_ = 0;
   std::int64_t elements_ = 0;
-  Errors error_, rounding_, largest_, chance_float32_, chance_bf16_, products_rounded_;
+  Errors error_, rounding_, largest_, products_rounded_;
+  Chances chance_float32_, chance_bf16_;
   Errors naive_float32_, naive_;
   double bound_ratio_ = 0;
   std::string bound_worst_;
@@ -288,7 +318,8 @@ CheckResult judge(const Target& target, const JudgeOptions& options,
     place = target.sampled[static_cast<std::size_t>(place)];
     const double computed =
         load_element(target.computed.dtype, target.computed.at(at[0], at[1], at[2], at[3]));
-    judge.add(exact[n], naive_float32[n].value(), stored(naive[n].value()), computed,
+    judge.add(static_cast<std::int64_t>(n) / extents[3], exact[n], naive_float32[n].value(),
+              stored(naive[n].value()), computed,
               [&] { return concat(target.name, to_string(at)); });
   }
   return judge.result();
