@@ -148,13 +148,14 @@ class GridProblem {
       g.dsoftmax_aux.shape = options.attention.softmax_aux.shape;
     }
     if (cell.is(kWantDBias, "yes")) g.dbias = rules.dbias.mutable_view();
+    if (cell.is(kWithDLse, "yes")) g.dlse = dlse;
     return g;
   }
 
   Cell cell;
   Shape shape;
   DType dtype;
-  Box q, k, v, dout, out, lse, dq, dk, dv;
+  Box q, k, v, dout, dlse, out, lse, dq, dk, dv;
   Rules rules;
   RingOptions options;
   int workers = 1;
@@ -179,11 +180,12 @@ class GridProblem {
     v = box(dtype, {s.batch, s.kv_len, s.kv_heads, s.v_head_dim});
     out = box(chosen(kOutDType), rows), dout = box(chosen(kDoutDType), rows);
     lse = box(DType::kFloat32, {s.batch, s.q_len, s.heads, 1});
+    dlse = box(DType::kFloat32, lse.view().shape);
     dq = box(chosen(kGradientDType), q.view().shape);
     dk = box(chosen(kGradientDType), k.view().shape);
     dv = box(chosen(kGradientDType), v.view().shape);
     const bool outliers = cell.is(kInput, "outliers");
-    for (Box* t : {&q, &k, &v, &dout}) t->normal(random_, outliers);
+    for (Box* t : {&q, &k, &v, &dout, &dlse}) t->normal(random_, outliers);
     if (cell.is(kInput, "large")) {
       const Box before = q;
       q.fill([&](auto... at) { return 8 * before.get(at...); });

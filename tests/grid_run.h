@@ -88,7 +88,8 @@ inline void run_rank(GridProblem& p, Communicator& comm, GridSummary& summary, s
   const auto keys = positions_of(p.options.kv_partition.value_or(p.options.partition), rank,
                                  p.workers, p.shape.kv_len);
   const Gradients whole = p.gradients();
-  Shard q(p.q, 1, mine), k(p.k, 1, keys), v(p.v, 1, keys), dout(p.dout, 1, mine);
+  Shard q(p.q, 1, mine), k(p.k, 1, keys), v(p.v, 1, keys), dout(p.dout, 1, mine),
+      dlse(whole.dlse, 1, mine);
   Shard out(p.out, 1, mine), lse(p.lse, 1, mine), dq(p.dq, 1, mine), dk(p.dk, 1, keys),
       dv(p.dv, 1, keys), dbias(whole.dbias, 2, mine);
   RingOptions options = p.options;
@@ -106,7 +107,7 @@ inline void run_rank(GridProblem& p, Communicator& comm, GridSummary& summary, s
   }
   a.attention_mask = mask.view(), a.bias = bias.view();
   Tensor dsinks = p.rules.dsinks;
-  Gradients g{dq.view(), dk.view(), dv.view(), {}, dbias.view()};
+  Gradients g{dq.view(), dk.view(), dv.view(), {}, dbias.view(), dlse.view()};
   if (whole.dsoftmax_aux)
     g.dsoftmax_aux = dsinks.mutable_view(), g.dsoftmax_aux.shape = whole.dsoftmax_aux.shape;
   const CallSummary forward =
@@ -168,6 +169,7 @@ inline reference::BackwardInputs backward_inputs(GridProblem& p, GridSummary& su
   if (summary.own_delta) find_statistics(p, summary);
   reference::BackwardInputs inputs{.dout = p.dout, .out = p.out, .lse = {}};
   if (summary.own_delta) inputs.out = summary.exact_out;
+  inputs.dlse = p.gradients().dlse;
   if (summary.bf16_forward && !summary.bf16_backward)
     inputs.lse = summary.own_delta ? TensorView(summary.exact_lse) : TensorView(p.lse);
   return inputs;

@@ -107,13 +107,16 @@ struct Gradients {
   MutableTensorView dq{}, dk{}, dv{};
   MutableTensorView dsoftmax_aux{};
   MutableTensorView dbias{};
+  // Comes in: the gradient of lse, float32 [batch, q_len, num_heads, 1], where the caller went on
+  // with lse too (merge() does). Empty: zeros.
+  TensorView dlse{};
 };
 
 // Gradients of attention() at q, k, v for the gradient dout of out (same shape, dtype of q or
 // float32). out and lse are what attention() returned for the same arguments; lse is read as
 // float32 [batch, q_len, num_heads, 1].
 //
-//   delta = sum of dout * out over v_head_dim
+//   delta = sum of dout * out over v_head_dim, less dlse
 //   dp    = dout v^T
 //   ds    = p * (keep / (1 - dropout_prob) * dp - delta)
 //   dbias = ds

@@ -22,6 +22,7 @@ struct BackwardInputs {
   // rows of dk and dv be checked without a forward over all rows; the bars then allow for lse's own
   // error.
   TensorView lse{};
+  TensorView dlse{};  // the gradient of lse; empty: zeros
 };
 
 struct GradientCheckOptions {

@@ -55,10 +55,10 @@ struct DenseGradients {
 };
 
 // Gradients of attention() for dout. `out` empty: delta is made of the oracle's own rows; else of
-// the given ones. Throws InvalidArgument.
+// the given ones. `dlse` empty: zeros. Throws InvalidArgument.
 DenseGradients attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k,
                                   const TensorView& v, const TensorView& out,
-                                  const AttentionOptions& options);
+                                  const AttentionOptions& options, const TensorView& dlse = {});
 
 }  // namespace reference
 }  // namespace v1

@@ -34,8 +34,12 @@ std::array<std::int64_t, 4> row_shape(const Problem& problem) {
   return {problem.batch, problem.q.shape[1], problem.num_heads, 1};
 }
 
-// delta of some rows of a given out.
-void compute_deltas(const Problem& problem, const Rows& rows, const MutableTensorView& delta,
+RowDeltas deltas_of(const Problem& problem, const MutableTensorView& delta) {
+  return {problem.dout, problem.gradients.dlse, delta};
+}
+
+// Of some rows of a given out.
+void compute_deltas(const Problem& problem, const Rows& rows, const RowDeltas& deltas,
                     Executor& executor) {
   const TensorView& out = problem.given_out;
   const std::int64_t size = size_bytes(out.dtype), count = rows.size();
@@ -47,9 +51,7 @@ void compute_deltas(const Problem& problem, const Rows& rows, const MutableTenso
       for (std::int64_t h = 0; h < problem.num_heads; ++h) {
         load_row(out.dtype, out.at(b, t, h, 0), out.strides[3] * size, row.data(),
                  problem.dims.v_head_dim);
-        const float value = row_delta(problem.dout.at(b, t, h, 0), problem.dout, row.data(),
-                                      problem.dims.v_head_dim);
-        std::memcpy(delta.at(b, t, h, 0), &value, 4);
+        deltas.write(b, t, h, row.data());
       }
     }
   });
@@ -117,7 +119,8 @@ void check_travel(const RingCall& call, const RingOptions& options) {
 CallSummary run_backward(Communicator& comm, const RingCall& call, const RingOptions& options,
                          const MutableTensorView& delta, const BiasGradient& bias) {
   Executor executor(threads_of(options.attention, comm.world_size()));
-  compute_deltas(call.problem, call.deal.q_rows(comm.rank()), delta, executor);
+  compute_deltas(call.problem, call.deal.q_rows(comm.rank()), deltas_of(call.problem, delta),
+                 executor);
   return BackwardRank(comm, call, options, executor, {call.problem.given_lse, delta}, bias.sum())
       .run();
 }
@@ -188,7 +191,8 @@ std::vector<TrainingSummary> ring_attention_with_gradients(
         TrainingSummary& summary = summaries[static_cast<std::size_t>(comm.rank())];
         Executor executor(threads_of(options.attention, workers));
         summary.forward =
-            ForwardRank(comm, *call, options, executor, {call->problem.dout, delta.view()}).run();
+            ForwardRank(comm, *call, options, executor, deltas_of(call->problem, delta.view()))
+                .run();
         summary.backward = BackwardRank(comm, *call, options, executor,
                                         {call->problem.lse, delta.view()}, bias.sum())
                                .run();

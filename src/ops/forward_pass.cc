@@ -285,12 +285,7 @@ void ForwardPass::finish_item(const Item& item, const std::byte* states,
                    problem_.dims);
     for (int n = 0; n < lanes.count; ++n) {
       const float* row = memory.rows + n * layout_.out_stride;
-      if (deltas_.delta) {
-        const float delta =
-            row_delta(deltas_.dout.at(item.head.batch, lanes.row[n], lanes.head[n], 0),
-                      deltas_.dout, row, problem_.dims.v_head_dim);
-        std::memcpy(deltas_.delta.at(item.head.batch, lanes.row[n], lanes.head[n], 0), &delta, 4);
-      }
+      if (deltas_.delta) deltas_.write(item.head.batch, lanes.row[n], lanes.head[n], row);
       store_row(out.dtype, out.at(item.head.batch, lanes.row[n], lanes.head[n], 0),
                 out.strides[3] * size_bytes(out.dtype), row, problem_.dims.v_head_dim);
       if (lse)

@@ -14,6 +14,7 @@
 #include "ops/key_block.h"
 #include "ops/problem.h"
 #include "ops/query_side.h"
+#include "ops/row.h"
 
 namespace annulus {
 
@@ -53,13 +54,6 @@ std::vector<Item> make_items(const ForwardLayout& layout, const Problem& problem
 // Visible pairs of each item with the keys, by the mask alone.
 std::vector<std::int64_t> count_item_pairs(const Problem& problem, const std::vector<Item>& items,
                                            const TokenSide& queries, const KeyBlock& keys);
-
-// What the backward wants to know of a call's rows: delta[batch][row][head] of the tensors at hand,
-// made of out before it is rounded.
-struct RowDeltas {
-  TensorView dout;
-  MutableTensorView delta;  // float32 [batch, rows, num_heads, 1]; empty: nobody asks
-};
 
 class ForwardPass {
  public:

@@ -90,9 +90,9 @@ void check_outputs(const Checker& check, const Problem& p) {
                                        {"dq", g.dq},      {"dk", g.dk},
                                        {"dv", g.dv},      {"dsoftmax_aux", g.dsoftmax_aux},
                                        {"dbias", g.dbias}};
-  const std::vector<NamedView> inputs{{"q", p.q},          {"k", p.k},       {"v", p.v},
-                                      {"bias", p.bias},    {"dout", p.dout}, {"out", p.given_out},
-                                      {"lse", p.given_lse}};
+  const std::vector<NamedView> inputs{
+      {"q", p.q},       {"k", p.k},           {"v", p.v},           {"bias", p.bias},
+      {"dout", p.dout}, {"out", p.given_out}, {"lse", p.given_lse}, {"dlse", p.gradients.dlse}};
   const auto apart = [&](const NamedView& a, const NamedView& b) {
     const Extent x = extent_of(a.view), y = extent_of(b.view);
     check.require(x.first == x.last || y.first == y.last || x.last <= y.first || y.last <= x.first,
@@ -134,17 +134,18 @@ void check_rows(const Checker& check, const Problem& p, const CallTensors& tenso
     check.dtype(what, t.dtype, {p.q.dtype, DType::kFloat32});
     check.tensor(what, t, {p.batch, rows, p.num_heads, p.dims.v_head_dim});
   };
-  const auto lse_like = [&](const TensorView& t) {
-    check.dtype("lse", t.dtype, {DType::kFloat32});
-    check.tensor("lse", t, {p.batch, rows, p.num_heads, 1});
+  const auto lse_like = [&](const char* what, const TensorView& t) {
+    check.dtype(what, t.dtype, {DType::kFloat32});
+    check.tensor(what, t, {p.batch, rows, p.num_heads, 1});
   };
   if (tensors.backward_alone()) {
-    out_like("out", p.given_out), lse_like(p.given_lse);
+    out_like("out", p.given_out), lse_like("lse", p.given_lse);
   } else {
     out_like("out", p.out);
-    if (p.lse) lse_like(p.lse);
+    if (p.lse) lse_like("lse", p.lse);
   }
   if (tensors.backward) out_like("dout", p.dout);
+  if (p.gradients.dlse) lse_like("dlse", p.gradients.dlse);
 }
 
 // Each gradient is like its primal.

@@ -38,7 +38,10 @@ void load_row(DType dtype, const std::byte* in, std::int64_t stride_bytes, float
   }
 }
 
-float row_delta(const std::byte* dout, const TensorView& like, const float* out, std::int64_t n) {
+namespace {
+
+double product(const std::byte* dout, const TensorView& like, const float* out) {
+  const std::int64_t n = like.shape[3];
   if (std::all_of(out, out + n, [](float x) { return x == 0; })) return 0;
   constexpr std::int64_t kPiece = 64;
   const std::int64_t stride = like.strides[3] * size_bytes(like.dtype);
@@ -51,7 +54,17 @@ float row_delta(const std::byte* dout, const TensorView& like, const float* out,
       sums[i % 8] += static_cast<double>(piece[i]) * static_cast<double>(out[x + i]);
   }
   for (int i = 1; i < 8; ++i) sums[0] += sums[i];
-  return static_cast<float>(sums[0]);
+  return sums[0];
+}
+
+}  // namespace
+
+void RowDeltas::write(std::int64_t batch, std::int64_t row, std::int64_t head,
+                      const float* out) const {
+  double value = product(dout.at(batch, row, head, 0), dout, out);
+  if (dlse) value -= load_element(DType::kFloat32, dlse.at(batch, row, head, 0));
+  const auto rounded = static_cast<float>(value);
+  std::memcpy(delta.at(batch, row, head, 0), &rounded, 4);
 }
 
 }  // namespace annulus

@@ -28,9 +28,9 @@ std::vector<double> values(const std::vector<Element>& elements) {
 
 DenseGradients attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k,
                                   const TensorView& v, const TensorView& out,
-                                  const AttentionOptions& options) {
+                                  const AttentionOptions& options, const TensorView& dlse) {
   const Oracle oracle(q, k, v, options);
-  const BackwardInputs inputs{.dout = dout, .out = out};
+  const BackwardInputs inputs{.dout = dout, .out = out, .dlse = dlse};
   check_backward(oracle, inputs);
   const ExactPairs pairs(oracle, inputs);
   const Sample all{.queries = sampled_rows(oracle.q_len(), 0),

@@ -117,10 +117,10 @@ class BackwardWalk {
       sees_a_key = true;
       add_pair(at, place, row, j, *inputs);
     }
-    // Only a row that sees a key has an out to take from its sinks; elsewhere even NaN in dout says
-    // nothing.
     if (rows_.dsoftmax_aux.empty() || !Pairs::has_delta(row)) return;
-    if (sees_a_key || oracle_.sees_a_key(at)) add_sinks(at, row);
+    // Only a row that sees a key has an out to take from its sinks; elsewhere even NaN in dout says
+    // nothing. Its lse says something everywhere.
+    add_sinks(at, sees_a_key || oracle_.sees_a_key(at) ? row : Pairs::without_out(row));
   }
 
   void add_pair(RowIndex at, std::int64_t place, const typename Pairs::Row& row, std::int64_t j,

@@ -51,6 +51,7 @@ struct Problem {
   [[nodiscard]] Shape q_shape() const { return {n.batch, n.q_len, n.heads, n.dim}; }
   [[nodiscard]] Shape k_shape() const { return {n.batch, n.kv_len, n.kv_heads, n.dim}; }
   [[nodiscard]] Shape v_shape() const { return {n.batch, n.kv_len, n.kv_heads, n.v_dim}; }
+  [[nodiscard]] Shape lse_shape() const { return {n.batch, n.q_len, n.heads, 1}; }
   [[nodiscard]] Shape out_shape() const { return {n.batch, n.q_len, n.heads, n.v_dim}; }
 
   Problem& with_sinks(std::int64_t rows, std::int64_t columns, std::vector<float> values) {
@@ -68,27 +69,38 @@ struct Problem {
     return *this;
   }
 
+  Problem& with_dlse() {
+    dlse = normals(lse_shape(), 6);
+    return *this;
+  }
+
   [[nodiscard]] std::vector<double> forward() const {
     std::vector<double> out;
-    std::vector<double> lse;
     reference::attention(view(q, q_shape()), view(k, k_shape()), view(v, v_shape()), options, out,
-                         lse);
+                         lse_);
     return out;
   }
   [[nodiscard]] double loss() const {
     const std::vector<double> out = forward();
     double sum = 0;
     for (std::size_t i = 0; i < out.size(); ++i) sum += out[i] * static_cast<double>(dout[i]);
+    // [batch, q_len, heads] as dlse; -inf stays -inf whatever its inputs do.
+    for (std::size_t i = 0; i < dlse.size(); ++i)
+      if (std::isfinite(lse_[i])) sum += lse_[i] * static_cast<double>(dlse[i]);
     return sum;
   }
   [[nodiscard]] DenseGradients backward(const TensorView& out = {}) const {
     return reference::attention_backward(view(dout, out_shape()), view(q, q_shape()),
-                                         view(k, k_shape()), view(v, v_shape()), out, options);
+                                         view(k, k_shape()), view(v, v_shape()), out, options,
+                                         dlse.empty() ? TensorView{} : view(dlse, lse_shape()));
   }
 
   Sizes n;
-  std::vector<float> q, k, v, dout, aux, bias;
+  std::vector<float> q, k, v, dout, aux, bias, dlse;
   AttentionOptions options;
+
+ private:
+  mutable std::vector<double> lse_;
 };
 
 // Central differences of sixth order: the truncation, 2^-36 / 140 of the seventh derivative, and
@@ -204,6 +216,20 @@ TEST(Backward, Dropout) {
   expect_gradients({.dropout_prob = 0.4, .dropout_seed = 11}, "dropout");
   expect_gradients({.causal = true, .dropout_prob = 0.4, .dropout_seed = 12}, "dropout",
                    {.q_len = 3});
+}
+
+TEST(Backward, OfLse) {
+  Problem plain;
+  expect_gradients(plain.with_dlse(), "plain");
+  Problem capped({.q_len = 4, .kv_len = 6, .heads = 4, .kv_heads = 2, .v_dim = 2});
+  capped.options = {.causal = true, .logits_soft_cap = 2, .dropout_prob = 0.4, .dropout_seed = 3};
+  expect_gradients(capped.with_bias(1, 4).with_sinks(4, 1, {0.5F, 5, -1, 0}).with_dlse(), "capped");
+  Problem blind({.q_len = 5, .kv_len = 2});
+  blind.options.causal = true;
+  expect_gradients(blind.with_sinks(2, 2, {0.5F, 1, -kInf, 2}).with_dlse(), "rows without a key");
+  Problem nothing({.q_len = 5, .kv_len = 2});
+  nothing.options.causal = true;
+  expect_gradients(nothing.with_dlse(), "rows without anything");
 }
 
 TEST(Backward, EverythingTogether) {

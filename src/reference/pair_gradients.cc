@@ -49,7 +49,7 @@ std::vector<float> floats(std::span<const double> x) { return {x.begin(), x.end(
 
 double bf16_loss(double x) { return rounded(DType::kBFloat16, x) - x; }
 
-double lse_at(const TensorView& lse, RowIndex at) {
+double number_at(const TensorView& lse, RowIndex at) {
   return load_element(lse.dtype, lse.at(at.batch, at.query, at.head, 0));
 }
 
@@ -69,6 +69,7 @@ void check_backward(const Oracle& oracle, const BackwardInputs& inputs) {
   check("dout", inputs.dout, oracle.v_head_dim());
   if (inputs.out) check("out", inputs.out, oracle.v_head_dim());
   if (inputs.lse) check("lse", inputs.lse, 1);
+  if (inputs.dlse) check("dlse", inputs.dlse, 1);
 }
 
 ExactPairs::ExactPairs(const Oracle& oracle, const BackwardInputs& inputs)
@@ -81,12 +82,12 @@ ExactPairs::Row ExactPairs::row(RowIndex at) const {
   Row row;
   std::vector<double> out;
   if (inputs_.lse) {
-    row.lse = row.shift = lse_at(inputs_.lse, at);
+    row.lse = row.shift = number_at(inputs_.lse, at);
   }
   if (!inputs_.lse || !inputs_.out) {
     const reference::Row forward = oracle_.row(at);
     out = forward.out;
-    if (!inputs_.lse) row.lse = forward.visible == 0 ? -kInfinity : forward.lse;
+    if (!inputs_.lse) row.lse = forward.lse;
     if (!inputs_.lse) row.shift = forward.max_score, row.sum = forward.weight_sum;
   }
   row.contributes = row.lse != -kInfinity;
@@ -96,8 +97,14 @@ ExactPairs::Row ExactPairs::row(RowIndex at) const {
   oracle_.load_query(at, row.q);
   row.dout = vector_at(inputs_.dout, at);
   const Dot delta = dot_and_magnitude(row.dout, out);
-  row.delta = delta.value;
-  row.abs_delta = delta.magnitude;
+  if (inputs_.dlse) row.dlse = number_at(inputs_.dlse, at);
+  row.delta = delta.value - row.dlse;
+  row.abs_delta = delta.magnitude + std::abs(row.dlse);
+  return row;
+}
+
+ExactPairs::Row ExactPairs::without_out(Row row) {
+  row.delta = -row.dlse, row.abs_delta = std::abs(row.dlse);
   return row;
 }
 
@@ -165,7 +172,7 @@ NaivePairs::NaivePairs(const Oracle& oracle, const BackwardInputs& inputs, DType
 NaivePairs::Row NaivePairs::row(RowIndex at) const {
   Row row;
   std::vector<float> out;
-  if (inputs_.lse) row.lse = static_cast<float>(lse_at(inputs_.lse, at));
+  if (inputs_.lse) row.lse = static_cast<float>(number_at(inputs_.lse, at));
   if (!inputs_.lse || !inputs_.out) {
     const NaiveRow forward = naive_row(oracle_, at, dtype_);
     out = forward.out;
@@ -178,7 +185,13 @@ NaivePairs::Row NaivePairs::row(RowIndex at) const {
   oracle_.load_query(at, q);
   row.q = floats(q);
   row.dout = floats(vector_at(inputs_.dout, at));
-  row.delta = naive_dot(row.dout, out);
+  if (inputs_.dlse) row.dlse = static_cast<float>(number_at(inputs_.dlse, at));
+  row.delta = naive_dot(row.dout, out) - row.dlse;
+  return row;
+}
+
+NaivePairs::Row NaivePairs::without_out(Row row) {
+  row.delta = -row.dlse;
   return row;
 }
 

@@ -50,8 +50,9 @@ class ExactPairs {
     double shift = 0;          // p = exp(s - shift) / sum
     double sum = 1;
     double lse = 0;
-    double delta = 0;
-    double abs_delta = 0;  // sum of |dout * out|
+    double dlse = 0;
+    double delta = 0;      // less dlse
+    double abs_delta = 0;  // sum of |dout * out|, and |dlse|
   };
 
   ExactPairs(const Oracle& oracle, const BackwardInputs& inputs);
@@ -60,6 +61,7 @@ class ExactPairs {
                                                std::span<const double> v, PairInputs inputs) const;
   [[nodiscard]] Coefficient sink(const Row& row, double sink) const;
   [[nodiscard]] static bool has_delta(const Row& row) { return row.abs_delta != 0; }
+  [[nodiscard]] static Row without_out(Row row);
 
  private:
   const Oracle& oracle_;
@@ -78,7 +80,8 @@ class NaivePairs {
     std::vector<float> q, dout;
     bool contributes = false;
     float lse = 0;
-    float delta = 0;
+    float dlse = 0;
+    float delta = 0;  // less dlse
   };
 
   NaivePairs(const Oracle& oracle, const BackwardInputs& inputs, DType arithmetic);
@@ -87,6 +90,7 @@ class NaivePairs {
                                          std::span<const float> v, PairInputs inputs) const;
   [[nodiscard]] float sink(const Row& row, double sink) const;
   [[nodiscard]] static bool has_delta(const Row& row) { return row.delta != 0; }
+  [[nodiscard]] static Row without_out(Row row);
 
  private:
   const Oracle& oracle_;
