@@ -71,6 +71,38 @@ struct WorkerOptions {
   std::function<bool()> stop{};  // polled; true ends the call with Interrupted
 };
 
+// Ranks that live in threads which the caller already has. The world must outlive their calls.
+//
+//   ThreadWorld world(2);
+//   // in the thread that is rank r:
+//   try {
+//     ring_attention(world.rank(r), ...);
+//     world.leave(r);
+//   } catch (...) {
+//     world.rank(r).abort(std::current_exception());  // the others stop with this error
+//   }
+//
+// Throws InvalidArgument.
+class ThreadWorld {
+ public:
+  explicit ThreadWorld(int world_size, WorkerOptions options = {});
+  ~ThreadWorld();
+  ThreadWorld(const ThreadWorld&) = delete;
+  ThreadWorld& operator=(const ThreadWorld&) = delete;
+
+  // What rank `rank` speaks through, one call at a time. Lives as long as the world.
+  [[nodiscard]] Communicator& rank(int rank);
+  // The rank takes no part any more. Who waits for it then or later gets a CommError that names it,
+  // at once; what it has sent still arrives.
+  void leave(int rank);
+  // The error that stopped the ranks; null while none has.
+  [[nodiscard]] std::exception_ptr error() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
 // Runs body(comm) on world_size ranks, each a thread of this process, and returns when all are
 // done. The first exception of any rank stops the others and is rethrown here.
 void run_workers(int world_size, const std::function<void(Communicator&)>& body,

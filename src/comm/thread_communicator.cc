@@ -29,15 +29,11 @@ struct Message {
 // What a rank does, for the search of the culprit when nothing moves.
 struct RankState {
   Clock::time_point last_progress = Clock::now();
-  int waits_for = -1;  // rank; -1: computing
+  int waits_for = -1;  // rank; -1: computing, or everybody
+  bool left = false;
   std::string phase = "start";
   std::int64_t call = 0;
 };
-
-Parcel parcel_of(std::vector<std::byte> bytes) {
-  const auto owned = std::make_shared<const std::vector<std::byte>>(std::move(bytes));
-  return {std::span<const std::byte>(*owned), owned};
-}
 
 // Copies blocks to where kernels can read them.
 Parcel aligned_copy(std::span<const std::byte> bytes) {
@@ -47,6 +43,8 @@ Parcel aligned_copy(std::span<const std::byte> bytes) {
   return parcel_of(owned);
 }
 
+constexpr const char* kGather = "gather";  // phase of waiting for everybody
+
 struct Gathering {
   std::vector<Parcel> parts;
   int arrived = 0;
@@ -55,7 +53,8 @@ struct Gathering {
 
 class World {
  public:
-  World(int size, WorkerOptions options) : options_(std::move(options)), ranks_(size) {}
+  World(int size, WorkerOptions options)
+      : options_(std::move(options)), here_(static_cast<std::size_t>(size)), ranks_(here_.size()) {}
 
   [[nodiscard]] int size() const { return static_cast<int>(ranks_.size()); }
 
@@ -90,16 +89,15 @@ class World {
   std::vector<Parcel> all_gather(int rank, std::vector<std::byte> mine) {
     std::unique_lock lock(mutex_);
     // A rank may be one gathering ahead of the others, never two.
-    wait(lock, rank, -1, "gather", [&] { return gathering_.left == 0; });
+    wait(lock, rank, -1, kGather, [&] { return gathering_.left == 0; });
     if (gathering_.arrived == 0) gathering_.parts.assign(ranks_.size(), {});
     gathering_.parts[static_cast<std::size_t>(rank)] = parcel_of(std::move(mine));
     gathering_.arrived += 1;
-    here_.resize(ranks_.size());
     here_[static_cast<std::size_t>(rank)] = true;
     if (gathering_.arrived == size())
       gathering_.left = size(), gathering_.arrived = 0, here_.assign(ranks_.size(), false);
     moved_.notify_all();
-    wait(lock, rank, -1, "gather", [&] { return gathering_.left > 0; });
+    wait(lock, rank, -1, kGather, [&] { return gathering_.left > 0; });
     auto parts = gathering_.parts;
     if (--gathering_.left == 0) moved_.notify_all();
     return parts;
@@ -126,13 +124,17 @@ class World {
     return ++ranks_[static_cast<std::size_t>(rank)].call;
   }
 
-  void finish(int rank) {
+  void leave(int rank) {
     const std::lock_guard lock(mutex_);
-    ranks_[static_cast<std::size_t>(rank)].phase = "returned";
-    ranks_[static_cast<std::size_t>(rank)].waits_for = rank;
+    RankState& me = ranks_[static_cast<std::size_t>(rank)];
+    me.left = true, me.waits_for = -1, me.phase = "left";
+    moved_.notify_all();
   }
 
-  [[nodiscard]] std::exception_ptr error() const { return error_; }
+  [[nodiscard]] std::exception_ptr error() const {
+    const std::lock_guard lock(mutex_);
+    return error_;
+  }
 
  private:
   void throw_if_failed() {
@@ -143,8 +145,9 @@ class World {
     if (error_) std::rethrow_exception(error_);
   }
 
-  // Waits for `ready`. `from` is the rank waited for, -1 for everybody. Looks up every 50 ms: for a
-  // stop, and whether the chain of waits ends at a rank that has been silent for the whole timeout.
+  // Waits for `ready`. `from` is the rank waited for, -1 for everybody. A rank that is needed and
+  // has left ends the wait at once. Looks up every 50 ms: for a stop, and whether the chain of
+  // waits ends at a rank that has been silent for the whole timeout.
   template <class Ready>
   void wait(std::unique_lock<std::mutex>& lock, int rank, int from, const std::string& phase,
             Ready ready) {
@@ -153,6 +156,7 @@ class World {
     me.waits_for = from, me.phase = phase, me.last_progress = Clock::now();
     const auto begin = Clock::now();
     while (!ready()) {
+      throw_if_left(rank);
       moved_.wait_for(lock, std::chrono::milliseconds(50));
       throw_if_failed();
       if (!ready() && seconds_since(begin) > options_.timeout_s) blame(rank);
@@ -164,45 +168,51 @@ class World {
     return std::chrono::duration<double>(Clock::now() - time).count();
   }
 
+  // Nothing is under way from a rank that `rank` waits for and that has left: it never will be.
+  void throw_if_left(int rank) const {
+    for (int other = 0; other < size(); ++other) {
+      if (!ranks_[static_cast<std::size_t>(other)].left || !needs(rank, other)) continue;
+      throw CommError(
+          ErrorCode::kPeerTimeout,
+          concat("ring: rank ", other, " has left without taking part; rank ", rank,
+                 " waits for it in phase '", ranks_[static_cast<std::size_t>(rank)].phase, "'"),
+          other, "make the same calls in the same order on every rank");
+    }
+  }
+
+  // Whether a waiting rank waits for the other one.
+  [[nodiscard]] bool needs(int rank, int other) const {
+    const RankState& state = ranks_[static_cast<std::size_t>(rank)];
+    if (state.waits_for >= 0) return state.waits_for == other;
+    return state.phase == kGather && other != rank && !here_[static_cast<std::size_t>(other)];
+  }
+
   // Follows who waits for whom from `rank` to the end; throws if the rank there has not moved for
   // the timeout. Slow is not dead: a rank that made progress ends the search and the wait goes on.
   void blame(int rank) {
     std::string chain = concat("rank ", rank);
     int at = rank;
     for (int hops = 0; hops < size(); ++hops) {
-      const int next = culprit_of(at);
-      if (next < 0 || next == at) break;
+      int next = 0;
+      while (next < size() && !needs(at, next)) ++next;
+      if (next == size()) break;
       at = next;
       chain += concat(" waits for rank ", at);
     }
     const RankState& state = ranks_[static_cast<std::size_t>(at)];
-    const bool returned = state.phase == "returned";
-    if (!returned && seconds_since(state.last_progress) <= options_.timeout_s) return;
-    throw CommError(
-        ErrorCode::kPeerTimeout,
-        concat("ring: rank ", at, returned ? " has left without taking part" : " is silent",
-               " in phase '", state.phase, "' for ", seconds_since(state.last_progress), " s (",
-               chain, ")"),
-        at, "look at that rank; a larger timeout helps only if it is slow, not stuck");
-  }
-
-  int culprit_of(int rank) const {
-    const RankState& state = ranks_[static_cast<std::size_t>(rank)];
-    if (state.waits_for >= 0) return state.waits_for;
-    if (state.phase != "gather") return -1;
-    for (int r = 0; r < size(); ++r) {
-      const bool here = !here_.empty() && here_[static_cast<std::size_t>(r)];
-      if (!here) return r;
-    }
-    return -1;
+    if (seconds_since(state.last_progress) <= options_.timeout_s) return;
+    throw CommError(ErrorCode::kPeerTimeout,
+                    concat("ring: rank ", at, " is silent in phase '", state.phase, "' for ",
+                           seconds_since(state.last_progress), " s (", chain, ")"),
+                    at, "look at that rank; a larger timeout helps only if it is slow, not stuck");
   }
 
   const WorkerOptions options_;
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::condition_variable moved_;
   std::map<std::tuple<int, int, Channel>, std::deque<Message>> boxes_;
   Gathering gathering_;
-  std::vector<bool> here_;
+  std::vector<bool> here_;  // who has come to the gathering
   std::vector<RankState> ranks_;
   std::exception_ptr error_;
 };
@@ -229,23 +239,51 @@ class ThreadCommunicator final : public Communicator {
   int rank_;
 };
 
+void check_world(const char* operation, int size, const WorkerOptions& options) {
+  if (size < 1) fail(operation, "world_size is ", size, ", expected at least 1");
+  if (!(options.timeout_s > 0))
+    fail(operation, "timeout_s is ", options.timeout_s, ", expected a positive number");
+}
+
 }  // namespace
 
 inline namespace v1 {
 
+struct ThreadWorld::Impl {
+  World world;
+  std::vector<ThreadCommunicator> ends;
+
+  Impl(int size, WorkerOptions options) : world(size, std::move(options)) {
+    for (int rank = 0; rank < size; ++rank) ends.emplace_back(world, rank);
+  }
+  ThreadCommunicator& end(int rank) {
+    if (rank < 0 || rank >= world.size())
+      fail("ThreadWorld", "rank is ", rank, ", expected 0 to ", world.size() - 1);
+    return ends[static_cast<std::size_t>(rank)];
+  }
+};
+
+ThreadWorld::ThreadWorld(int world_size, WorkerOptions options) {
+  check_world("ThreadWorld", world_size, options);
+  impl_ = std::make_unique<Impl>(world_size, std::move(options));
+}
+ThreadWorld::~ThreadWorld() = default;
+
+Communicator& ThreadWorld::rank(int rank) { return impl_->end(rank); }
+void ThreadWorld::leave(int rank) { impl_->world.leave(impl_->end(rank).rank()); }
+std::exception_ptr ThreadWorld::error() const { return impl_->world.error(); }
+
 void run_workers(int world_size, const std::function<void(Communicator&)>& body,
                  const WorkerOptions& options) {
-  if (world_size < 1) fail("run_workers", "world_size is ", world_size, ", expected at least 1");
-  if (!(options.timeout_s > 0))
-    fail("run_workers", "timeout_s is ", options.timeout_s, ", expected a positive number");
-  World world(world_size, options);
+  check_world("run_workers", world_size, options);
+  ThreadWorld world(world_size, options);
   const auto run_rank = [&](int rank) {
-    ThreadCommunicator comm(world, rank);
+    Communicator& comm = world.rank(rank);
     try {
       body(comm);
-      world.finish(rank);
+      world.leave(rank);
     } catch (...) {
-      world.abort(std::current_exception());
+      comm.abort(std::current_exception());
     }
   };
   {
@@ -253,12 +291,12 @@ void run_workers(int world_size, const std::function<void(Communicator&)>& body,
     try {
       for (int rank = 1; rank < world_size; ++rank) threads.emplace_back(run_rank, rank);
     } catch (...) {  // no more threads: those that run must not wait for the rest
-      world.abort(std::make_exception_ptr(OutOfMemory(
+      world.rank(0).abort(std::make_exception_ptr(OutOfMemory(
           concat("run_workers: the system grants no thread for rank ", threads.size() + 1))));
     }
     run_rank(0);
   }
-  if (world.error()) std::rethrow_exception(world.error());
+  if (const std::exception_ptr error = world.error()) std::rethrow_exception(error);
 }
 
 }  // namespace v1
