@@ -43,6 +43,8 @@ class Communicator {
   virtual ~Communicator() = default;
   [[nodiscard]] virtual int rank() const = 0;
   [[nodiscard]] virtual int world_size() const = 0;
+  // What errors call a rank: its number in the whole world where this is a part of one.
+  [[nodiscard]] virtual int world_rank(int rank) const { return rank; }
 
   // Hands a parcel to rank `to`; returns at once. A transport that lends passes the memory itself,
   // one that copies copies it.

@@ -21,7 +21,8 @@ std::string text_of(const Parcel& parcel) {
 }
 
 // Every rank must have asked for the same; the error lists what differs, field by rank.
-void require_agreement(const std::string& operation, const std::vector<Parcel>& parts) {
+void require_agreement(const std::string& operation, Communicator& comm, const std::string& mine) {
+  const std::vector<Parcel> parts = comm.all_gather(bytes_of(mine));
   const auto lines = [](const std::string& text) {
     std::vector<std::string> list;
     for (std::size_t at = 0; at < text.size();) {
@@ -32,16 +33,17 @@ void require_agreement(const std::string& operation, const std::vector<Parcel>& 
     return list;
   };
   const std::vector<std::string> first = lines(text_of(parts[0]));
-  for (std::size_t rank = 1; rank < parts.size(); ++rank) {
-    const std::vector<std::string> other = lines(text_of(parts[rank]));
+  for (int r = 1; r < comm.world_size(); ++r) {
+    const std::vector<std::string> other = lines(text_of(parts[static_cast<std::size_t>(r)]));
     if (other == first) continue;
+    const int base = comm.world_rank(0), rank = comm.world_rank(r);
     std::string differences;
     for (std::size_t i = 0; i < std::min(first.size(), other.size()); ++i) {
       if (first[i] != other[i])
-        differences += concat(" rank 0: ", first[i], ", rank ", rank, ": ", other[i], ";");
+        differences += concat(" rank ", base, ": ", first[i], ", rank ", rank, ": ", other[i], ";");
     }
     throw CommError(ErrorCode::kPeerMismatch,
-                    concat(operation, ": the ranks disagree:", differences), static_cast<int>(rank),
+                    concat(operation, ": the ranks disagree:", differences), rank,
                     "pass the same shapes, dtypes and options on every rank");
   }
 }
@@ -69,12 +71,12 @@ std::array<std::int64_t, 2> global_lengths(Communicator& comm, const CallTensors
   return sum;
 }
 
-void check_local_length(const std::string& operation, const char* tensor, int rank, int world,
+void check_local_length(const std::string& operation, const char* tensor, const Communicator& comm,
                         const Partition& partition, std::int64_t have, std::int64_t len) {
-  const std::int64_t expected = partition.local_len(rank, world, len);
+  const std::int64_t expected = partition.local_len(comm.rank(), comm.world_size(), len);
   if (have == expected) return;
-  fail(operation, tensor, " on rank ", rank, " has ", have, " rows, expected ", expected, " of ",
-       len, " by partition '", partition.name(), "'");
+  fail(operation, tensor, " on rank ", comm.world_rank(comm.rank()), " has ", have,
+       " rows, expected ", expected, " of ", len, " by partition '", partition.name(), "'");
 }
 
 std::string agreement(const Problem& problem, const RingOptions& options) {
@@ -138,9 +140,9 @@ std::unique_ptr<RingCall> spmd_call(const std::string& operation, Communicator& 
   const Problem& problem = call->problem;
   check_partitions(options, world, q_len, kv_len);
   const Partition& kv_partition = kv_partition_of(options);
-  check_local_length(operation, "q", rank, world, options.partition, problem.q.shape[1], q_len);
-  check_local_length(operation, "k", rank, world, kv_partition, problem.k.shape[1], kv_len);
-  require_agreement(operation, comm.all_gather(bytes_of(agreement(problem, options))));
+  check_local_length(operation, "q", comm, options.partition, problem.q.shape[1], q_len);
+  check_local_length(operation, "k", comm, kv_partition, problem.k.shape[1], kv_len);
+  require_agreement(operation, comm, agreement(problem, options));
   Deal& deal = call->deal;
   deal = {world, &options.partition, &kv_partition, q_len, kv_len, false, {}, {}};
   deal.q_segments =
