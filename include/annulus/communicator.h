@@ -27,6 +27,7 @@ enum class Channel : std::uint8_t {
   kBlocks,     // what travels round the ring
   kGradients,  // gradients of travelling blocks, from one rank that added to them to the next
   kHome,       // complete gradients, back to the block's owner
+  kGather,     // bytes for everybody in a group of ranks
 };
 
 // What a message says of itself; sender and receiver must agree in every field.

@@ -14,6 +14,7 @@
 #include "annulus/communicator.h"
 #include "base/aligned_buffer.h"
 #include "base/fail.h"
+#include "comm/call_number.h"
 #include "comm/parcel.h"
 
 namespace annulus {
@@ -69,19 +70,22 @@ class World {
   Parcel receive(int rank, int from, const Tag& want) {
     std::unique_lock lock(mutex_);
     auto& box = boxes_[{from, rank, want.channel}];
-    wait(lock, rank, from, concat("step ", want.step), [&] { return !box.empty(); });
+    const std::string phase =
+        want.channel == Channel::kGather ? kGather : concat("step ", want.step);
+    wait(lock, rank, from, phase, [&] { return !box.empty(); });
     Message message = std::move(box.front());
     box.pop_front();
     const Tag& got = message.tag;
     if (got.call != want.call || got.step != want.step || got.owner != want.owner ||
         got.bytes != want.bytes ||
         static_cast<std::int64_t>(message.parcel.bytes.size()) != want.bytes) {
-      throw CommError(ErrorCode::kPeerMismatch,
-                      concat("ring: rank ", rank, " expected call ", want.call, " step ", want.step,
-                             " block ", want.owner, " of ", want.bytes, " bytes from rank ", from,
-                             ", found call ", got.call, " step ", got.step, " block ", got.owner,
-                             " of ", message.parcel.bytes.size(), " bytes"),
-                      from, "make the same calls in the same order on every rank");
+      throw CommError(
+          ErrorCode::kPeerMismatch,
+          concat("ring: rank ", rank, " expected ", call_name(want), " step ", want.step, " block ",
+                 want.owner, " of ", want.bytes, " bytes from rank ", from, ", found ",
+                 call_name(got), " step ", got.step, " block ", got.owner, " of ",
+                 message.parcel.bytes.size(), " bytes"),
+          from, "make the same calls in the same order on every rank");
     }
     return std::move(message.parcel);
   }
