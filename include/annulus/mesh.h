@@ -42,6 +42,8 @@ class Mesh {
   // Names are unique and not empty, sizes multiply to comm.world_size(). Throws InvalidArgument; or
   // CommError, if ranks pass different axes.
   Mesh(Communicator& comm, std::vector<MeshAxis> axes);
+  Mesh(const Mesh&) = delete;
+  Mesh& operator=(const Mesh&) = delete;
 
   [[nodiscard]] const std::vector<MeshAxis>& axes() const { return axes_; }
   // Of this rank, by axis.

@@ -245,8 +245,9 @@ std::int64_t available_memory_bytes() {
 inline namespace v1 {
 
 int allowed_cpus() {
-  // Rounded down: threads beyond the quota make all of them stop together when it is spent.
-  const double quota = std::floor(std::max(1.0, read_cgroup_limits().cpus));
+  // Rounded down: threads beyond the quota make all of them stop together when it is spent. Read
+  // once: the files take 200 us, ten times a small call.
+  static const double quota = std::floor(std::max(1.0, read_cgroup_limits().cpus));
   const int cpus = std::max(1, cpus_in_affinity_mask());
   return quota < cpus ? static_cast<int>(quota) : cpus;
 }

@@ -17,9 +17,12 @@ bool any_dtype(DType dtype) {
 }
 bool bfloat16_only(DType dtype) { return dtype == DType::kBFloat16; }
 bool always() { return true; }
+// Asked once: it is made of CPUID instructions, which trap in a virtual machine and together take
+// longer than a small call.
 template <std::int64_t kTarget>
 bool highway_has() {
-  return (static_cast<std::int64_t>(hwy::SupportedTargets()) & kTarget) != 0;
+  static const auto supported = static_cast<std::int64_t>(hwy::SupportedTargets());
+  return (supported & kTarget) != 0;
 }
 
 // One line per target, slowest first.

@@ -118,7 +118,7 @@ void check_travel(const RingCall& call, const RingOptions& options) {
 
 CallSummary run_backward(Communicator& comm, const RingCall& call, const RingOptions& options,
                          const MutableTensorView& delta, const BiasGradient& bias) {
-  Executor executor(threads_of(options.attention, comm.world_size()));
+  Executor executor(threads_of(options.attention, call.problem, comm.world_size()));
   compute_deltas(call.problem, call.deal.q_rows(comm.rank()), deltas_of(call.problem, delta),
                  executor);
   return BackwardRank(comm, call, options, executor, {call.problem.given_lse, delta}, bias.sum())
@@ -189,7 +189,7 @@ std::vector<TrainingSummary> ring_attention_with_gradients(
       workers,
       [&](Communicator& comm) {
         TrainingSummary& summary = summaries[static_cast<std::size_t>(comm.rank())];
-        Executor executor(threads_of(options.attention, workers));
+        Executor executor(threads_of(options.attention, call->problem, workers));
         summary.forward =
             ForwardRank(comm, *call, options, executor, deltas_of(call->problem, delta.view()))
                 .run();

@@ -112,7 +112,7 @@ class BackwardPlanner {
     if (visitors > 0) bytes += (options_.workers.lend ? 2 : 4) * widest_gradient;
     if (visitors > 0 && !options_.workers.lend) bytes += 2 * widest_block;
     bytes += BackwardPass::thread_bytes(kernel_, problem_, static_cast<bool>(problem_.bias)) *
-             threads_of(options_.attention, deal_.world_size);
+             threads_of(options_.attention, problem_, deal_.world_size);
     const bool segments = problem_.visibility.rules().segments;
     return bytes + (q + k + widest_rows) * (16 + (segments ? 4 * problem_.batch : 0));
   }

@@ -93,7 +93,7 @@ Plan explain(int workers, const TensorView& q, const TensorView& k, const Tensor
   plan.target = kernel.target, plan.arithmetic = kernel.arithmetic,
   plan.mask = describe_mask(problem);
   plan.bf16_probabilities = kernel.compute == Element::kBFloat16;
-  plan.workers = workers, plan.threads_per_worker = threads_of(options.attention, workers);
+  plan.workers = workers, plan.threads_per_worker = threads_of(options.attention, problem, workers);
   plan.partition = options.partition.name();
   if (options.kv_partition) plan.partition += concat(", keys ", options.kv_partition->name());
   plan.strip_rows = kernel.strip_rows, plan.tile_keys = kernel.tile_keys;

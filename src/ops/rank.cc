@@ -28,10 +28,19 @@ std::vector<Direction> directions_of(Topology topology) {
   return {{1, false}, {-1, false}};
 }
 
-int threads_of(const AttentionOptions& options, int workers) {
+int threads_of(const AttentionOptions& options, const Problem& problem, int workers) {
   if (options.threads > 0) return options.threads;
-  if (const auto threads = read_environment().threads) return *threads;
-  return std::max(1, allowed_cpus() / workers);
+  // Waking a thread and waiting for it costs some 10 us, in which one core does 1 MFLOP or more:
+  // whoever has less to do than twice that for each thread is faster alone.
+  constexpr double kFlopsPerThread = 2e6;
+  const double flops = 2.0 * static_cast<double>(problem.batch * problem.num_heads) *
+                       static_cast<double>(ceil_div(problem.q_len, workers)) *
+                       static_cast<double>(problem.kv_len) *
+                       static_cast<double>(problem.dims.head_dim + problem.dims.v_head_dim);
+  const int threads = read_environment().threads.value_or(std::max(1, allowed_cpus() / workers));
+  return flops >= kFlopsPerThread * threads
+             ? threads
+             : std::max(1, static_cast<int>(flops / kFlopsPerThread));
 }
 
 std::int64_t RankCosts::total() const {

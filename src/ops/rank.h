@@ -31,7 +31,8 @@ struct Deal {
 };
 
 std::vector<Direction> directions_of(Topology topology);
-int threads_of(const AttentionOptions& options, int workers);
+// Per worker; fewer than asked of the environment where there is too little to do.
+int threads_of(const AttentionOptions& options, const Problem& problem, int workers);
 
 // One rank's queries against everybody's keys: visible pairs per item, by owner.
 struct RankCosts {

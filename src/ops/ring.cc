@@ -105,7 +105,7 @@ CallSummary ring_attention(Communicator& comm, const TensorView& q, const Tensor
                            const MutableTensorView& lse, const RingOptions& options) {
   const auto call =
       spmd_call("ring_attention", comm, {.q = q, .k = k, .v = v, .out = out, .lse = lse}, options);
-  Executor executor(threads_of(options.attention, comm.world_size()));
+  Executor executor(threads_of(options.attention, call->problem, comm.world_size()));
   return ForwardRank(comm, *call, options, executor, {}).run();
 }
 
@@ -118,7 +118,7 @@ std::vector<CallSummary> ring_attention(int workers, const TensorView& q, const 
   run_workers(
       workers,
       [&](Communicator& comm) {
-        Executor executor(threads_of(options.attention, workers));
+        Executor executor(threads_of(options.attention, call->problem, workers));
         summaries[static_cast<std::size_t>(comm.rank())] =
             ForwardRank(comm, *call, options, executor, {}).run();
       },
