@@ -42,6 +42,7 @@ std::vector<std::string> meet(ThreadWorld& world, int size,
                               const std::function<void(Communicator&)>& body) {
   std::vector<std::string> messages(static_cast<std::size_t>(size), "no error");
   std::vector<std::jthread> threads;
+  threads.reserve(messages.size());
   for (int r = 0; r < size; ++r) {
     threads.emplace_back([&, r] {
       try {
@@ -65,6 +66,7 @@ TEST(ThreadWorld, GivesTheBitsOfWorkers) {
   ThreadWorld world(3);
   for (int calls = 0; calls < 2; ++calls) {  // threads may change from call to call
     std::vector<std::jthread> pool;
+    pool.reserve(3);
     for (int r = 0; r < 3; ++r)
       pool.emplace_back([&, r] { threads[static_cast<std::size_t>(r)] = attend(world.rank(r)); });
     pool.clear();

@@ -2,6 +2,7 @@
 
 from . import _core
 from ._errors import InvalidArgument
+from ._handles import Handled
 
 
 class _Rule:
@@ -65,7 +66,7 @@ def _block_sparse(block, visible):
     return _core.Mask.block_sparse(_whole("block", block, 1), visible)
 
 
-class Mask:
+class Mask(Handled):
     """Which key does which query see, by global positions i and j.
 
     Rules combine with ``&`` and ``|``::
@@ -78,6 +79,7 @@ class Mask:
     __slots__ = ("_mask",)
 
     def __init__(self, mask=None):
+        super().__init__()
         self._mask = _core.Mask.full() if mask is None else mask
 
     full = _Rule(_full)
@@ -102,7 +104,7 @@ class Mask:
         return f"Mask({self._mask.describe() or 'full'})"
 
 
-class Partition:
+class Partition(Handled):
     """Who owns which tokens.
 
     ``"contiguous"``: runs of neighbours. ``"striped"``: token i on rank i mod P. ``"zigzag"``: 2P runs, rank r holds runs
@@ -112,6 +114,7 @@ class Partition:
     __slots__ = ("_partition",)
 
     def __init__(self, name="contiguous"):
+        super().__init__()
         if isinstance(name, _core.Partition):
             self._partition = name
         elif isinstance(name, Partition):

@@ -6,14 +6,16 @@ import threading
 
 from . import _core
 from ._errors import InvalidArgument, Unsupported
+from ._handles import Handled
 
 
-class Communicator:
+class Communicator(Handled):
     """How a rank reaches its ring. Made by ``run_workers``; pass it as ``comm=``."""
 
     __slots__ = ("_comm",)
 
     def __init__(self, comm):
+        super().__init__()
         self._comm = comm
 
     @property
@@ -46,7 +48,7 @@ class Communicator:
         return f"Communicator(rank={self.rank}, world_size={self.world_size})"
 
 
-class Mesh:
+class Mesh(Handled):
     """A grid of ranks with named axes, the last varying fastest; every line along an axis is a ring of its own.
 
     All ranks of ``comm`` make the mesh together::
@@ -58,6 +60,7 @@ class Mesh:
     __slots__ = ("_mesh", "_whole", "axes")
 
     def __init__(self, comm, axes):
+        super().__init__()
         if not isinstance(comm, Communicator):
             raise InvalidArgument(f"Mesh: comm is a {type(comm).__qualname__}, expected an annulus.Communicator")
         self.axes = dict(axes)

@@ -31,6 +31,8 @@ void bind_machine(nb::module_& m) {
 
 NB_MODULE(_core, m) {
   using namespace annulus::python;  // NOLINT(google-build-using-namespace)
+  // What autograd graphs hold may outlive the module; that is no leak.
+  nanobind::set_leak_warnings(false);
   m.doc() = "The C++ library behind the annulus package. Private: use annulus itself.";
   bind_errors(m);
   bind_machine(m);

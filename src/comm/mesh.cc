@@ -161,6 +161,7 @@ Mesh::Mesh(Communicator& comm, std::vector<MeshAxis> axes)
     const int size = axes_[i].size;
     coordinates_[i] = comm.rank() / stride % size;
     std::vector<int> line;
+    line.reserve(static_cast<std::size_t>(size));
     for (int at = 0; at < size; ++at) line.push_back(comm.rank() + (at - coordinates_[i]) * stride);
     rings_[i] = std::make_unique<SubCommunicator>(comm, std::move(line), group);
     stride *= size;
