@@ -197,6 +197,35 @@ TEST_P(EveryTarget, HostileScores) {
 }
 
 // What a row does not see never reaches it; what it sees reaches it elementwise.
+// Values are unit vectors, so that out holds the weights themselves. Scores jump by hundreds: what
+// the largest key leaves of the others must not depend on the order in which they come.
+TEST_P(EveryTarget, SmallWeightsKeepTheirDigits) {
+  constexpr std::int64_t kKeys = 60;
+  std::mt19937_64 random(7);
+  Tensor q(dtype(), {1, 1, 1, 4}), k(dtype(), {1, kKeys, 1, 4}), v(dtype(), {1, kKeys, 1, kKeys});
+  q.fill([](auto, auto, auto, std::int64_t d) { return d == 0 ? 1.0 : 0.0; });
+  v.fill([](auto, std::int64_t j, auto, std::int64_t d) { return j == d ? 1.0 : 0.0; });
+  Tensor out(DType::kFloat32, {1, 1, 1, kKeys}), lse(DType::kFloat32, {1, 1, 1, 1});
+  for (int draw = 0; draw < 200; ++draw) {
+    std::normal_distribution<double> normal(0, std::array{10, 25, 40, 60}[draw % 4]);
+    k.fill([&](auto, auto, auto, std::int64_t d) {
+      return d == 0 ? std::clamp(std::round(normal(random)), -250.0, 250.0) : 0.0;
+    });
+    AttentionOptions o = options();
+    o.softmax_scale = 1;
+    const std::vector<double> exact = reference::attention_row(q, k, v, o, 0, 0, 0).out;
+    for (const int workers : {1, 3}) {
+      ring_attention(workers, q, k, v, out.mutable_view(), lse.mutable_view(), ring(o));
+      for (std::int64_t j = 0; j < kKeys; ++j) {
+        const double weight = exact[static_cast<std::size_t>(j)];
+        // bfloat16 probabilities: one rounding of the weight, one of their sum.
+        ASSERT_NEAR(out.get(0, 0, 0, j), weight, 0x1p-7 * weight + 0x1p-80)
+            << "draw " << draw << ", key " << j << ", workers " << workers;
+      }
+    }
+  }
+}
+
 TEST_P(EveryTarget, NotFiniteInputs) {
   const double kNan = std::numeric_limits<double>::quiet_NaN();
   for (const double poison :

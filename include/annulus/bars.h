@@ -134,7 +134,7 @@ CheckOptions check_options(const Oracle& oracle, DType out_dtype, bool bf16_prob
 // (1 - dropout_prob), made in double and rounded, and its product.
 // Rounded p, p (1 + e) with |e| <= u_p, are divided by their own sum, 1 + mean e times the exact
 // one: sum p (e - mean e) v is at most u_p (sum p|v| + |O|). With two keys of like weight and
-// values of opposite sign it comes close. Last, 2^-86 max |v| per key: below that share of a row's
+// values of opposite sign it comes close. Last, 2^-80 max |v| per key: below that share of a row's
 // largest weight an online softmax may lose one, which shows only if dropout takes out the others.
 double element_bound(const Row& exact, std::size_t d, const CheckOptions& options);
 

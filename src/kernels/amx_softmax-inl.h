@@ -17,14 +17,15 @@ namespace annulus {
 namespace {
 
 // A lane is raised when a p exceeds 2^kGuard, and a raised lane gets kRoom for growth: its largest
-// p is 2^-kRoom. Both are far inside float32 and bf16; weights are lost below 2^-86 of the largest.
+// p is 2^-kRoom. Both are far inside float32 and bf16. Beyond kFar a raise leaves no room: see
+// strip_pass-inl.h. Weights are lost below 2^-80 of the largest.
 // A sum trips at half of that, so every lane that a watched strip would raise also trips when it is
 // not watched: neighbours do not matter.
 //
 // m is a float, and the FMA that subtracts it sees the product unrounded: beyond 2^31 log2 units
 // the difference may leave the exponential's range, and a row of such scores gives 0 or Inf. Scores
 // then differ by noise of 2^7 and more anyway.
-constexpr float kGuard = 40, kRoom = 40;
+constexpr float kGuard = 40, kRoom = 40, kFar = 126 - kRoom;
 constexpr float kTrip = 0x1p39F;
 // Slots a strip is watched after it grew. Growth of 1 a key needs a raise every second tile:
 // without memory it would be found too late each time.
@@ -279,7 +280,9 @@ inline __m512 top_score(const float* s, int half, int group) {
     any = true, grown |= growing != 0;
     // Finite even for a score of +inf, whose p is then inf, as the formula has it.
     __m512 to = _mm512_roundscale_ps(top, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
-    to = _mm512_mask_add_ps(to, growing, to, _mm512_set1_ps(kRoom));
+    const __mmask16 near =
+        _mm512_mask_cmp_ps_mask(growing, _mm512_sub_ps(to, m), _mm512_set1_ps(kFar), _CMP_LE_OQ);
+    to = _mm512_mask_add_ps(to, near, to, _mm512_set1_ps(kRoom));
     to = _mm512_mask_mov_ps(m, up, _mm512_min_ps(to, _mm512_set1_ps(0x1p126F)));
     _mm512_store_ps(z.m + at, to);
     _mm512_mask_store_ps(z.guard + at, up, _mm512_add_ps(to, _mm512_set1_ps(kGuard)));

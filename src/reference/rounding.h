@@ -24,7 +24,7 @@ inline constexpr double kExpFloor = 0x1p-115;
 // Online softmaxes keep a reference that may be far above the largest score so far, and lose
 // weights far below it: by this much of the row's largest a weight of the forward may be off. It
 // shows only where dropout takes out everything heavier.
-inline constexpr double kWeightFloor = 0x1p-86;
+inline constexpr double kWeightFloor = 0x1p-80;
 
 // Smallest distance between neighbours.
 inline double spacing(DType dtype, double x) {
