@@ -36,16 +36,16 @@ struct BackwardSizes {
 // twice) 256, their dQ 128, P and dS 192: 1 MiB, of the 1.2 MB that an L2 of 2 MB seems to give.
 // Short panels read strips and dQ more often, small blocks load and store dK and dV more often; at
 // d = 64 there is room for a larger block, beyond 128 only for half a panel. Not measured.
-constexpr int kMaxStrips = 8, kMaxTiles = 8;
 BackwardBlocking backward_blocking(Dims dims) {
   const BackwardSizes sizes(dims);
   const std::int64_t units = sizes.k_units + sizes.v_units;
-  return {(units <= 8 ? kMaxTiles : kMaxTiles / 2) * kTileKeys,
-          (units <= 4 ? kMaxStrips : kMaxStrips / 2) * kStripRows};
+  return {(units <= 8 ? 8 : 4) * kTileKeys, (units <= 4 ? 8 : 4) * kStripRows};
 }
 
-std::int64_t backward_scratch_bytes(Dims dims) {
-  const BackwardBlocking blocking = backward_blocking(dims);
+// A block knows its strips and tiles by the bits of a word.
+constexpr int kMaxStrips = 32, kMaxTiles = 32;
+
+std::int64_t backward_scratch_bytes(Dims /*dims*/, BackwardBlocking blocking) {
   const std::int64_t squares = blocking.panel_keys / kTileKeys * blocking.block_rows / kStripRows;
   return (4 * 4 + 3 * 2 * squares) * kSquare;
 }

@@ -27,6 +27,7 @@ using namespace amx_test;
 struct BackwardProblem : Problem {
   std::vector<float> dout, lse, delta;  // [rows][v_head_dim], [rows], [rows]
   bool want_dq = true, want_dkv = true, want_ds = false;
+  BackwardBlocking blocking{};  // 0: the kernel's choice
 };
 
 struct Gradients {
@@ -74,12 +75,13 @@ std::vector<const void*> addresses(const Tensor& x, std::int64_t begin, std::int
 // Panel by panel, in each block of strips by block, as an operation would.
 Gradients run(const BackwardKernel& kernel, const BackwardProblem& p) {
   const Dims dims = p.dims;
-  const auto [panel, block_rows] = kernel.blocking(dims);
+  const BackwardBlocking blocking = p.blocking.panel_keys > 0 ? p.blocking : kernel.blocking(dims);
+  const auto [panel, block_rows] = blocking;
   const std::int64_t tile = kernel.tile_keys, padded = (p.keys + tile - 1) / tile * tile;
   const std::int64_t k_row = kernel.row_floats(dims.head_dim),
                      v_row = kernel.row_floats(dims.v_head_dim),
                      dq_floats = kernel.dq_rows(dims.head_dim) * 32;
-  Memory packed(kernel.packed_bytes(dims, p.keys)), scratch(kernel.scratch_bytes(dims));
+  Memory packed(kernel.packed_bytes(dims, p.keys)), scratch(kernel.scratch_bytes(dims, blocking));
   const Tensor q(p.q, p.rows, dims.head_dim, p.element, p.dim_step);
   const Tensor k(p.k, p.keys, dims.head_dim, p.element, p.dim_step);
   const Tensor v(p.v, p.keys, dims.v_head_dim, p.element, p.dim_step);
@@ -286,6 +288,8 @@ TEST_P(AmxBackward, TableIsConsistent) {
       EXPECT_EQ(blocking.panel_keys % 32, 0);
       EXPECT_GT(blocking.block_rows, 0);
       EXPECT_EQ(blocking.block_rows % 32, 0);
+      EXPECT_LE(blocking.panel_keys, kernel_->most.panel_keys);
+      EXPECT_LE(blocking.block_rows, kernel_->most.block_rows);
       EXPECT_EQ(kernel_->strip_bytes(dims) % 64, 0);
       EXPECT_EQ(kernel_->packed_bytes(dims, 1) % 64, 0);
       EXPECT_GE(kernel_->row_floats(d), d);
@@ -387,6 +391,24 @@ TEST_P(AmxBackward, EitherSideAloneIsTheSame) {
   const Gradients keys_only = run(*kernel_, p);
   EXPECT_EQ(keys_only.dk, both.dk);
   EXPECT_EQ(keys_only.dv, both.dv);
+}
+
+TEST_P(AmxBackward, EveryBlock) {
+  for (const std::int64_t panel : {std::int64_t{32}, std::int64_t{96}, kernel_->most.panel_keys}) {
+    for (const std::int64_t rows :
+         {std::int64_t{32}, std::int64_t{160}, kernel_->most.block_rows}) {
+      SCOPED_TRACE(testing::Message() << panel << " keys, " << rows << " rows");
+      for (const bool poisoned : {false, true}) {
+        Problem base = normal_problem({40, 72}, 1100, 1090);
+        mask_random(base, 3);
+        BackwardProblem p = backward_problem(base);
+        for (std::int64_t i = 0; i < p.rows && poisoned; ++i) p.visible[i * p.keys + 1020] = 0;
+        if (poisoned) p.k[1020 * 40 + 7] = kNan;
+        p.blocking = {panel, rows};
+        check(p);
+      }
+    }
+  }
 }
 
 // A poisoned key or query is hidden from all of the other side but a few; those must show it, the

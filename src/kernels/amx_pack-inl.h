@@ -104,6 +104,9 @@ Blocking blocking(Dims dims) {
   return {larger(1, (keys + block_keys / 2) / block_keys) * block_keys, larger(kStripRows, rows)};
 }
 
+// V^T lies by blocks, so a panel begins with one.
+std::int64_t panel_step(Dims dims) { return Sizes(dims).block * kTileKeys; }
+
 std::int64_t strip_bytes(Dims dims) {
   const Sizes sizes(dims);
   return static_cast<std::int64_t>(sizeof(Strip::Head)) + sizes.v_units * kSquare * 4 +

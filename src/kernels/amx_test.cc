@@ -49,7 +49,8 @@ TEST_P(AmxKernel, TableIsConsistent) {
     for (const Dims dims : {Dims{d, d}, Dims{d, 33}, Dims{33, d}}) {
       const Blocking blocking = kernel_->blocking(dims);
       EXPECT_GT(blocking.panel_keys, 0);
-      EXPECT_EQ(blocking.panel_keys % 32, 0);
+      EXPECT_EQ(blocking.panel_keys % kernel_->panel_step(dims), 0);
+      EXPECT_EQ(kernel_->panel_step(dims) % 32, 0);
       EXPECT_GT(blocking.item_rows, 0);
       EXPECT_EQ(blocking.item_rows % 32, 0);
       EXPECT_EQ(kernel_->strip_bytes(dims) % 64, 0);
@@ -73,6 +74,19 @@ TEST_P(AmxKernel, EveryShape) {
         check(p);
         if (HasFatalFailure()) return;
       }
+    }
+  }
+}
+
+TEST_P(AmxKernel, EveryPanel) {
+  for (const Dims d :
+       {Dims{33, 33}, Dims{64, 64}, Dims{128, 128}, Dims{192, 128}, Dims{256, 256}}) {
+    for (const std::int64_t steps : {1, 2, 3, 5, 100}) {
+      SCOPED_TRACE(testing::Message() << d.head_dim << " steps " << steps);
+      Problem p = normal_problem(d, 1100, 90);
+      mask_random(p, 1);
+      p.panel_steps = steps;
+      check(p);
     }
   }
 }

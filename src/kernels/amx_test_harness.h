@@ -78,6 +78,7 @@ struct Problem {
   std::vector<char> kept;                   // likewise, with dropout
   Element element = Element::kBFloat16;
   std::int64_t dim_step = 1;
+  std::int64_t panel_steps = 0;  // of a panel; 0: the kernel's choice
   bool all_partial = false;      // give full tiles as partial ones too
   bool is_large_sample = false;  // of normal data: the bars for a whole cell hold
 
@@ -236,7 +237,8 @@ struct StripInput {
 };
 
 inline Result run(const ForwardKernel& kernel, const Problem& p) {
-  const std::int64_t panel = kernel.blocking(p.dims).panel_keys;
+  const std::int64_t panel = p.panel_steps > 0 ? p.panel_steps * kernel.panel_step(p.dims)
+                                               : kernel.blocking(p.dims).panel_keys;
   Memory packed(kernel.packed_bytes(p.dims, p.keys)), scratch(kernel.scratch_bytes(p.dims));
   const Tensor q(p.q, p.rows, p.dims.head_dim, p.element, p.dim_step);
   const Tensor k(p.k, p.keys, p.dims.head_dim, p.element, p.dim_step);

@@ -99,12 +99,12 @@ class BackwardBlock {
     return 4 * kTileBytes + 3 * strips * blocking.panel_keys * kRowBytes;
   }
 
-  BackwardBlock(const BackwardCall& call, const BackwardBlocking& blocking)
+  explicit BackwardBlock(const BackwardCall& call)
       : call_(call),
         sizes_(call.dims),
         keys_(const_cast<void*>(call.packed), sizes_, call.num_keys),
         tiles_((call.key_count + kKeys - 1) / kKeys),
-        strip_bytes_(blocking.panel_keys * kRowBytes),
+        strip_bytes_(tiles_ * kKeys * kRowBytes),
         plain_(PlainScores(call.rule)),
         scale_(ExponentScale(call.rule)) {
     const std::int64_t tile = call.key_begin / kKeys;
@@ -432,8 +432,8 @@ BackwardBlocking BackwardBlockingOf(Dims /*dims*/) {
   return {256, 64 / kWidth * kWidth};
 }
 template <class A>
-std::int64_t BackwardScratchBytes(Dims dims) {
-  return BackwardBlock<A>::ScratchBytes(BackwardBlockingOf<A>(dims));
+std::int64_t BackwardScratchBytes(Dims /*dims*/, BackwardBlocking blocking) {
+  return BackwardBlock<A>::ScratchBytes(blocking);
 }
 template <class A>
 std::int64_t BackwardPackedBytes(Dims dims, std::int64_t num_keys) {
@@ -492,7 +492,7 @@ void PackBackwardStrip(void* memory, const StripRows& rows, Dims dims) {
 
 template <class A>
 void RunBackwardBlock(const BackwardCall& call) {
-  BackwardBlock<A>(call, BackwardBlockingOf<A>(call.dims)).Run();
+  BackwardBlock<A>(call).Run();
 }
 
 template <class A>
@@ -510,6 +510,7 @@ constexpr BackwardKernel MakeBackward(const char* target, const char* arithmetic
           kWidth,
           kKeys,
           BackwardBlockingOf<A>,
+          {INT64_MAX, INT64_MAX},
           BackwardScratchBytes<A>,
           BackwardPackedBytes<A>,
           BackwardStripBytes<A>,

@@ -22,6 +22,8 @@ Blocking BlockingOf(Dims dims) {
   return {row_bytes > 256 ? 256 : 512, row_bytes > 512 ? 768 : 384};
 }
 
+std::int64_t PanelStep(Dims /*dims*/) { return kKeys; }
+
 template <class A>
 std::int64_t StripBytes(Dims dims) {
   const Sizes<A> sizes(dims);
@@ -145,9 +147,9 @@ double PeakLoop(std::int64_t rounds) {
 
 template <class A>
 constexpr ForwardKernel MakeKernel(const char* target, const char* arithmetic, Element compute) {
-  return {target,        arithmetic,    compute,         kWidth,         kKeys,
-          BlockingOf<A>, StripBytes<A>, ScratchBytes<A>, PackedBytes<A>, PackKeys<A>,
-          StartStrip<A>, RunPanel<A>,   FinishStrip<A>,  PeakLoop<A>};
+  return {target,        arithmetic,    compute,       kWidth,          kKeys,
+          BlockingOf<A>, PanelStep,     StripBytes<A>, ScratchBytes<A>, PackedBytes<A>,
+          PackKeys<A>,   StartStrip<A>, RunPanel<A>,   FinishStrip<A>,  PeakLoop<A>};
 }
 
 }  // namespace

@@ -69,7 +69,7 @@ struct PanelCall {
 };
 
 struct Blocking {
-  std::int64_t panel_keys;  // a multiple of tile_keys
+  std::int64_t panel_keys;  // a multiple of panel_step()
   std::int64_t item_rows;   // a multiple of strip_rows: rows worth sharing a panel
 };
 
@@ -81,14 +81,16 @@ struct ForwardKernel {
   std::int64_t strip_rows;  // at most 32
   std::int64_t tile_keys;
 
+  // The kernel's choice. A call may take other multiples of panel_step() and strip_rows.
   Blocking (*blocking)(Dims dims);
+  std::int64_t (*panel_step)(Dims dims);  // a multiple of tile_keys
   std::int64_t (*strip_bytes)(Dims dims);
   std::int64_t (*scratch_bytes)(Dims dims);
   std::int64_t (*packed_bytes)(Dims dims, std::int64_t num_keys);
 
   // Writes keys [key_begin, key_end) of one KV head into its packed block; key_begin is a multiple
-  // of panel_keys, and key_end too or num_keys. Padding keys and dims are zeroed. k.row and v.row
-  // are indexed by the key.
+  // of panel_step(), and key_end too or num_keys: what is packed does not depend on the panels of a
+  // call. Padding keys and dims are zeroed. k.row and v.row are indexed by the key.
   void (*pack)(void* packed, const RowSource& k, const RowSource& v, Dims dims,
                std::int64_t num_keys, std::int64_t key_begin, std::int64_t key_end);
   // Empty state for a strip of `count` query rows, each at its address; lanes beyond are zero
@@ -130,7 +132,7 @@ struct BackwardCall {
   std::int64_t key_begin;  // the panel, as in PanelCall
   std::int64_t key_count;
   const BackwardStrip* strips;
-  std::int64_t strip_count;  // at most block_rows / strip_rows
+  std::int64_t strip_count;  // at most block_rows / strip_rows of the blocking in use
   // [key of the panel][row_floats()], added to; null with want_dkv false.
   float* dk;
   float* dv;
@@ -171,8 +173,11 @@ struct BackwardKernel {
   std::int64_t strip_rows;  // at most 32
   std::int64_t tile_keys;
 
+  // The kernel's choice. A call may take other multiples of tile_keys and strip_rows, `most` at the
+  // most.
   BackwardBlocking (*blocking)(Dims dims);
-  std::int64_t (*scratch_bytes)(Dims dims);
+  BackwardBlocking most;
+  std::int64_t (*scratch_bytes)(Dims dims, BackwardBlocking blocking);
   std::int64_t (*packed_bytes)(Dims dims, std::int64_t num_keys);
   std::int64_t (*strip_bytes)(Dims dims);
   // Floats of a row of dk or dv in memory, for head_dim or v_head_dim.
@@ -180,7 +185,7 @@ struct BackwardKernel {
   // Rows of a strip's dq in memory.
   std::int64_t (*dq_rows)(std::int64_t head_dim);
 
-  // As ForwardKernel::pack.
+  // As ForwardKernel::pack, by multiples of tile_keys.
   void (*pack_keys)(void* packed, const RowSource& k, const RowSource& v, Dims dims,
                     std::int64_t num_keys, std::int64_t key_begin, std::int64_t key_end);
   // Lanes beyond the count are zero queries that see nothing.

@@ -71,7 +71,7 @@ struct BackwardPass::ThreadMemory {
     const BackwardBlocking blocking = kernel.blocking(problem.dims);
     const std::int64_t keys = blocking.block_rows / kernel.strip_rows * blocking.panel_keys;
     const std::int64_t scores = keys * kernel.strip_rows * 4;
-    scratch = take(kernel.scratch_bytes(problem.dims));
+    scratch = take(kernel.scratch_bytes(problem.dims, blocking));
     tile_class = reinterpret_cast<std::uint8_t*>(take(keys / kernel.tile_keys));
     lane_bits = reinterpret_cast<std::uint32_t*>(take(keys * 4));
     keep_bits = reinterpret_cast<std::uint32_t*>(take(problem.rule.dropout ? keys * 4 : 0));

@@ -43,7 +43,7 @@ std::vector<std::int32_t> segments_of(const Problem& problem, const TensorView& 
 // How a kernel packs one head of keys.
 struct KeyPacking {
   std::int64_t head_bytes;
-  std::int64_t piece_keys;  // packed at once
+  std::int64_t piece_keys;  // packed at once: the kernel's own panel, whatever the call's
   void (*pack)(void* packed, const RowSource& k, const RowSource& v, Dims dims,
                std::int64_t num_keys, std::int64_t key_begin, std::int64_t key_end);
 };
