@@ -94,6 +94,10 @@ std::vector<Refusal> option_refusals() {
       {"dropout_prob", o([](Call&, A& a) { a.dropout_prob = -0.1; })},
       {"dropout_prob", o([](Call&, A& a) { a.dropout_prob = kNan; })},
       {"threads", o([](Call&, A& a) { a.threads = -1; })},
+      {"forward_blocks.q", o([](Call&, A& a) { a.forward_blocks.q = -1; })},
+      {"forward_blocks.kv", o([](Call&, A& a) { a.forward_blocks.kv = -1; })},
+      {"backward_blocks.q", o([](Call&, A& a) { a.backward_blocks.q = -128; })},
+      {"backward_blocks.kv", o([](Call&, A& a) { a.backward_blocks.kv = INT64_MIN; })},
       {"isa", o([](Call&, A& a) { a.isa = "sse9"; })},
       {"head_dim",
        [](Call& c) {

@@ -34,6 +34,14 @@ struct SlidingWindow {
   std::int64_t right = -1;
 };
 
+// Rows of queries and keys that one work item shares, at most; 0: the kernel's own choice. Rounded
+// up to whole strips and tiles, lowered to the longest shard and to what a kernel can hold. They
+// change speed and memory, never results beyond the numeric bars.
+struct BlockSizes {
+  std::int64_t q = 0;
+  std::int64_t kv = 0;
+};
+
 // A flat aggregate: name what differs from the default. All rules compose; a pair is visible iff
 // every rule says so.
 struct AttentionOptions {
@@ -67,8 +75,10 @@ struct AttentionOptions {
   std::uint64_t dropout_seed = 0;
 
   // How to run. None of these changes a result beyond the numeric bars.
-  int threads = 0;               // per worker; 0: the allowed CPUs divided by the workers
-  std::string isa{};             // a name of targets(); empty: $ANNULUS_ISA, else the best one
+  int threads = 0;              // per worker; 0: the allowed CPUs divided by the workers
+  std::string isa{};            // a name of targets(); empty: $ANNULUS_ISA, else the best one
+  BlockSizes forward_blocks{};  // explain() tells the sizes in use
+  BlockSizes backward_blocks{};
   Recorder* recorder = nullptr;  // receives events while the call runs; not owned
 };
 

@@ -105,7 +105,7 @@ struct Plan {
   std::vector<std::int64_t> bytes_sent_per_rank;
   std::int64_t strip_rows = 0;  // rows of queries that share a tile
   std::int64_t tile_keys = 0;
-  std::int64_t panel_keys = 0;
+  std::int64_t panel_keys = 0;  // AttentionOptions::forward_blocks as the call uses them
   std::int64_t item_rows = 0;
   std::int64_t peak_bytes =
       0;  // allocated by the call at its peak, the caller's tensors not counted
@@ -127,7 +127,7 @@ struct BackwardPlan {
   std::int64_t pairs_visible = 0;
   double flops = 0;  // 2.5 times the forward's; two passes compute 3.5 times them
   std::vector<std::int64_t> bytes_sent_per_rank;  // gradients included
-  std::int64_t panel_keys = 0;
+  std::int64_t panel_keys = 0;  // AttentionOptions::backward_blocks as the call uses them
   std::int64_t block_rows = 0;
   std::int64_t peak_bytes = 0;  // allocated by the call at its peak
 };

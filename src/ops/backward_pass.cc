@@ -61,14 +61,13 @@ struct BackwardPass::ThreadMemory {
   std::int64_t bytes;
 
   // A null memory tells only the size.
-  ThreadMemory(const BackwardKernel& kernel, const Problem& problem, bool with_dbias,
-               std::byte* memory) {
+  ThreadMemory(const BackwardKernel& kernel, const Problem& problem,
+               const BackwardBlocking& blocking, bool with_dbias, std::byte* memory) {
     bytes = 0;
     const auto take = [&](std::int64_t size) {
       const std::int64_t begin = std::exchange(bytes, bytes + round_up(size, 64));
       return memory == nullptr ? nullptr : memory + begin;
     };
-    const BackwardBlocking blocking = kernel.blocking(problem.dims);
     const std::int64_t keys = blocking.block_rows / kernel.strip_rows * blocking.panel_keys;
     const std::int64_t scores = keys * kernel.strip_rows * 4;
     scratch = take(kernel.scratch_bytes(problem.dims, blocking));
@@ -80,8 +79,8 @@ struct BackwardPass::ThreadMemory {
     ds = reinterpret_cast<float*>(take(with_dbias ? scores + 3 * kernel.strip_rows * 4 : 0));
   }
   ThreadMemory(const BackwardPass& pass, std::byte* memory)
-      : ThreadMemory(pass.kernel_, pass.problem_, static_cast<bool>(pass.options_.dbias_sum),
-                     memory) {}
+      : ThreadMemory(pass.kernel_, pass.problem_, pass.options_.blocking,
+                     static_cast<bool>(pass.options_.dbias_sum), memory) {}
 };
 
 BackwardPass::BackwardPass(const BackwardKernel& kernel, const TermKernel& terms,
@@ -94,16 +93,16 @@ BackwardPass::BackwardPass(const BackwardKernel& kernel, const TermKernel& terms
       executor_(executor),
       options_(options),
       tick_(std::move(tick)),
-      blocking_(kernel.blocking(problem.dims)),
-      block_strips_(blocking_.block_rows / kernel.strip_rows),
+      block_strips_(options.blocking.block_rows / kernel.strip_rows),
       sets_(head_sets()) {
-  const std::int64_t bytes = thread_bytes(kernel, problem, static_cast<bool>(options.dbias_sum));
+  const std::int64_t bytes =
+      thread_bytes(kernel, problem, options.blocking, static_cast<bool>(options.dbias_sum));
   for (int t = 0; t < executor.threads(); ++t) thread_memory_.emplace_back(bytes);
 }
 
 std::int64_t BackwardPass::thread_bytes(const BackwardKernel& kernel, const Problem& problem,
-                                        bool with_dbias) {
-  return ThreadMemory(kernel, problem, with_dbias, nullptr).bytes;
+                                        const BackwardBlocking& blocking, bool with_dbias) {
+  return ThreadMemory(kernel, problem, blocking, with_dbias, nullptr).bytes;
 }
 
 std::vector<std::vector<Head>> BackwardPass::head_sets() const {
@@ -130,7 +129,7 @@ std::int64_t BackwardPass::run(const QueryBlock& queries, const KeyBlock& keys, 
                   keys,
                   dq,
                   dkv,
-                  ceil_div(keys.num_keys(), blocking_.panel_keys),
+                  ceil_div(keys.num_keys(), options_.blocking.panel_keys),
                   blocks,
                   lead_of(blocks, executor_.threads())};
   run_keys(work, options_.fused);
@@ -164,7 +163,7 @@ void BackwardPass::run_keys(const Work& work, bool want_dq) {
 void BackwardPass::key_unit(const Work& work, std::size_t set, std::int64_t panel, bool want_dq,
                             std::byte* memory_begin, std::atomic<std::int64_t>* progress) {
   const ThreadMemory memory(*this, memory_begin);
-  const KeyRange range = work.panel(panel, blocking_.panel_keys);
+  const KeyRange range = work.panel(panel, options_.blocking.panel_keys);
   Prepared prepared;
   std::int64_t place = 0, lowest = 0;
   for (const Head& head : sets_[set]) {
@@ -209,7 +208,7 @@ void BackwardPass::run_queries(const Work& work) {
       const std::int64_t index = unit % work.blocks;
       const Head head = problem_.head_at(unit / work.blocks);
       for (std::int64_t panel = 0; panel < work.panels; ++panel) {
-        const KeyRange range = work.panel(panel, blocking_.panel_keys);
+        const KeyRange range = work.panel(panel, options_.blocking.panel_keys);
         std::vector<NeededBlock> found;
         find_blocks(work, head, range, index, index + 1, found);
         if (found.empty()) continue;
@@ -261,7 +260,7 @@ std::int64_t BackwardPass::prepare(const Work& work, const Head& head, const Nee
   std::int64_t pairs = 0;
   prepared.strips.clear(), prepared.numbers.clear();
   for (std::int64_t s = block.first; s < block.end; ++s) {
-    const std::int64_t first = (s - block.first) * blocking_.panel_keys;
+    const std::int64_t first = (s - block.first) * options_.blocking.panel_keys;
     const std::int64_t number = head_index * work.queries.strips() + s;
     std::uint8_t* tile_class = memory.tile_class + first / kernel_.tile_keys;
     BackwardStrip strip{};

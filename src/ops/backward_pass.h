@@ -57,6 +57,7 @@ Parcel pack_backward_keys(const BackwardKernel& kernel, const Problem& problem, 
 class BackwardPass {
  public:
   struct Options {
+    BackwardBlocking blocking{};
     bool fused = true;
     MutableTensorView dbias_sum{};  // float32, stride 0 where broadcast; empty: not wanted
   };
@@ -69,7 +70,7 @@ class BackwardPass {
 
   // Scratch of one thread.
   static std::int64_t thread_bytes(const BackwardKernel& kernel, const Problem& problem,
-                                   bool with_dbias);
+                                   const BackwardBlocking& blocking, bool with_dbias);
 
  private:
   struct Work;
@@ -103,7 +104,6 @@ class BackwardPass {
   Executor& executor_;
   const Options options_;
   const std::function<void()> tick_;
-  const BackwardBlocking blocking_;
   const std::int64_t block_strips_;
   // Heads that share elements of dbias are one unit of work, in order.
   const std::vector<std::vector<Head>> sets_;

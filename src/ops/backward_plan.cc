@@ -17,17 +17,17 @@ class BackwardPlanner {
         deal_(call.deal),
         options_(options),
         kernel_(backward_kernel(problem_.q.dtype, dout_dtype, options.attention.isa)),
+        blocking_(backward_blocking(kernel_, problem_, deal_)),
         sizes_(kernel_, problem_),
         queries_travel_(queries_travel(sizes_, problem_, deal_, options.ring_backward)) {}
 
   BackwardPlan plan() {
     const int world = deal_.world_size;
-    const BackwardBlocking blocking = kernel_.blocking(problem_.dims);
     BackwardPlan plan;
     plan.target = kernel_.target, plan.arithmetic = kernel_.arithmetic;
     plan.bf16_products = kernel_.compute == Element::kBFloat16;
     plan.queries_travel = queries_travel_;
-    plan.panel_keys = blocking.panel_keys, plan.block_rows = blocking.block_rows;
+    plan.panel_keys = blocking_.panel_keys, plan.block_rows = blocking_.block_rows;
     plan.bytes_sent_per_rank.assign(static_cast<std::size_t>(world), 0);
     std::vector<std::vector<bool>> needs;
     for (int rank = 0; rank < world; ++rank) {
@@ -111,8 +111,9 @@ class BackwardPlanner {
     // lending, copies of both and of the block in use and the one that arrives meanwhile.
     if (visitors > 0) bytes += (options_.workers.lend ? 2 : 4) * widest_gradient;
     if (visitors > 0 && !options_.workers.lend) bytes += 2 * widest_block;
-    bytes += BackwardPass::thread_bytes(kernel_, problem_, static_cast<bool>(problem_.bias)) *
-             threads_of(options_.attention, problem_, deal_.world_size);
+    bytes +=
+        BackwardPass::thread_bytes(kernel_, problem_, blocking_, static_cast<bool>(problem_.bias)) *
+        threads_of(options_.attention, problem_, deal_.world_size);
     const bool segments = problem_.visibility.rules().segments;
     return bytes + (q + k + widest_rows) * (16 + (segments ? 4 * problem_.batch : 0));
   }
@@ -121,6 +122,7 @@ class BackwardPlanner {
   const Deal& deal_;
   const RingOptions& options_;
   const BackwardKernel& kernel_;
+  const BackwardBlocking blocking_;
   const BackwardSizes sizes_;
   const bool queries_travel_;
   std::vector<std::vector<std::int64_t>> pairs_;  // [rank][owner of what visits]

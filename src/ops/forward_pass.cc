@@ -28,9 +28,9 @@ ThreadSizes thread_sizes(const ForwardKernel& kernel, const Problem& problem,
   const std::int64_t strips = layout.strips_per_item, panel = layout.panel_keys;
   return {round_up(kernel.scratch_bytes(problem.dims), 64),
           round_up(strips * (panel / kernel.tile_keys), 64),
-          strips * panel * 4,
-          problem.rule.dropout ? strips * panel * 4 : 0,
-          problem.rule.bias ? strips * panel * kernel.strip_rows * 4 : 0,
+          round_up(strips * panel * 4, 64),
+          problem.rule.dropout ? round_up(strips * panel * 4, 64) : 0,
+          problem.rule.bias ? round_up(strips * panel * kernel.strip_rows * 4, 64) : 0,
           round_up(kernel.strip_rows * (layout.out_stride + 1) * 4, 64),
           layout.state_bytes > 0 ? 0 : strips * layout.strip_bytes};
 }
@@ -38,9 +38,9 @@ ThreadSizes thread_sizes(const ForwardKernel& kernel, const Problem& problem,
 }  // namespace
 
 ForwardLayout make_forward_layout(const ForwardKernel& kernel, const Problem& problem,
-                                  std::int64_t tokens, int threads, bool keep_states) {
+                                  const Blocking& blocking, std::int64_t tokens, int threads,
+                                  bool keep_states) {
   ForwardLayout layout;
-  const Blocking blocking = kernel.blocking(problem.dims);
   const std::int64_t heads = problem.kv_heads();
   layout.panel_keys = blocking.panel_keys;
   layout.strip_bytes = kernel.strip_bytes(problem.dims);
@@ -48,9 +48,7 @@ ForwardLayout make_forward_layout(const ForwardKernel& kernel, const Problem& pr
   layout.rows_per_head = tokens * problem.group;
   layout.strips_per_head = ceil_div(layout.rows_per_head, kernel.strip_rows);
   if (heads == 0 || layout.strips_per_head == 0) return layout;
-  // A bias tile is as large as the scores: few strips, or it does not fit the L2.
-  const std::int64_t most =
-      problem.rule.bias ? 4 : std::max<std::int64_t>(1, blocking.item_rows / kernel.strip_rows);
+  const std::int64_t most = blocking.item_rows / kernel.strip_rows;
   // As many items as a multiple of the threads, of equal size: 11 items do not halve.
   const std::int64_t wanted = round_up(heads * ceil_div(layout.strips_per_head, most), threads);
   layout.strips_per_item =
@@ -145,9 +143,9 @@ struct ForwardPass::Panel {
   TileClass shade;  // of the whole item
 };
 
-ForwardPass::ForwardPass(const ForwardKernel& kernel, const TermKernel& terms, QuerySide queries,
-                         Executor& executor, bool keep_states, const RowDeltas& deltas,
-                         std::function<void()> tick)
+ForwardPass::ForwardPass(const ForwardKernel& kernel, const TermKernel& terms,
+                         const Blocking& blocking, QuerySide queries, Executor& executor,
+                         bool keep_states, const RowDeltas& deltas, std::function<void()> tick)
     : kernel_(kernel),
       terms_(terms),
       queries_(std::move(queries)),
@@ -155,8 +153,8 @@ ForwardPass::ForwardPass(const ForwardKernel& kernel, const TermKernel& terms, Q
       executor_(executor),
       deltas_(deltas),
       tick_(std::move(tick)),
-      layout_(make_forward_layout(kernel, problem_, queries_.rows.size(), executor.threads(),
-                                  keep_states)),
+      layout_(make_forward_layout(kernel, problem_, blocking, queries_.rows.size(),
+                                  executor.threads(), keep_states)),
       items_(make_items(layout_, problem_, kernel)),
       states_(layout_.state_bytes) {
   for (int t = 0; t < executor.threads() && layout_.items > 0; ++t)

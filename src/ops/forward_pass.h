@@ -38,7 +38,8 @@ struct ForwardLayout {
 
 // keep_states: more than one block will be attended to.
 ForwardLayout make_forward_layout(const ForwardKernel& kernel, const Problem& problem,
-                                  std::int64_t tokens, int threads, bool keep_states);
+                                  const Blocking& blocking, std::int64_t tokens, int threads,
+                                  bool keep_states);
 
 struct Item {
   Head head;
@@ -58,8 +59,8 @@ std::vector<std::int64_t> count_item_pairs(const Problem& problem, const std::ve
 class ForwardPass {
  public:
   // `tick` is called after every item and may throw to stop the call.
-  ForwardPass(const ForwardKernel& kernel, const TermKernel& terms, QuerySide queries,
-              Executor& executor, bool keep_states, const RowDeltas& deltas,
+  ForwardPass(const ForwardKernel& kernel, const TermKernel& terms, const Blocking& blocking,
+              QuerySide queries, Executor& executor, bool keep_states, const RowDeltas& deltas,
               std::function<void()> tick);
 
   [[nodiscard]] const std::vector<Item>& items() const { return items_; }

@@ -19,8 +19,9 @@ std::int64_t block_bytes(const ForwardKernel& kernel, const Problem& problem, st
 std::int64_t rank_bytes(const ForwardKernel& kernel, const Problem& problem, const Plan& plan,
                         int rank, const RankSchedule& schedule, const RankCosts& costs, bool lend) {
   const auto r = static_cast<std::size_t>(rank);
-  const ForwardLayout layout = make_forward_layout(
-      kernel, problem, plan.q_rows[r], plan.threads_per_worker, computed_blocks(schedule) > 1);
+  const ForwardLayout layout =
+      make_forward_layout(kernel, problem, {plan.panel_keys, plan.item_rows}, plan.q_rows[r],
+                          plan.threads_per_worker, computed_blocks(schedule) > 1);
   std::int64_t widest = 0, copied = 0, at_hand = 0;
   for (const auto& step : schedule) {
     std::int64_t received = 0;
@@ -87,7 +88,7 @@ Plan explain(int workers, const TensorView& q, const TensorView& k, const Tensor
   const Deal& deal = call->deal;
   const std::int64_t q_len = problem.q_len, kv_len = problem.kv_len;
   const ForwardKernel& kernel = choose_forward(q.dtype, options.attention.isa);
-  const Blocking blocking = kernel.blocking(problem.dims);
+  const Blocking blocking = forward_blocking(kernel, problem, deal);
 
   Plan plan;
   plan.target = kernel.target, plan.arithmetic = kernel.arithmetic,

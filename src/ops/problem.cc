@@ -260,6 +260,16 @@ std::vector<float> head_sinks(const Checker& check, const Problem& p, const Tens
   return sinks;
 }
 
+void set_blocks(const Checker& check, Problem& p, const AttentionOptions& options) {
+  const auto size = [&](const char* what, std::int64_t value) {
+    check.require(value >= 0, what, " is ", value,
+                  ", expected a number of rows, or 0 for the kernel's choice");
+  };
+  p.forward_blocks = options.forward_blocks, p.backward_blocks = options.backward_blocks;
+  size("forward_blocks.q", p.forward_blocks.q), size("forward_blocks.kv", p.forward_blocks.kv);
+  size("backward_blocks.q", p.backward_blocks.q), size("backward_blocks.kv", p.backward_blocks.kv);
+}
+
 }  // namespace
 
 Problem make_problem(const std::string& operation, const CallTensors& tensors,
@@ -281,6 +291,7 @@ Problem make_problem(const std::string& operation, const CallTensors& tensors,
                 "logits_soft_cap is ", options.logits_soft_cap,
                 ", expected a positive number, or 0 for none");
   check.require(options.threads >= 0, "threads is ", options.threads, ", expected at least 0");
+  set_blocks(check, p, options);
   check.require(options.dropout_prob >= 0 && options.dropout_prob < 1, "dropout_prob is ",
                 options.dropout_prob, ", expected at least 0 and below 1");
   p.rule = {static_cast<float>(scale), static_cast<float>(options.logits_soft_cap),

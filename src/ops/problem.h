@@ -36,6 +36,7 @@ struct Problem {
   std::int64_t q_len = 0;  // of the whole sequence; q.shape[1] is what is at hand
   std::int64_t kv_len = 0;
   Dims dims{};
+  BlockSizes forward_blocks, backward_blocks;  // as asked for; see forward_blocking()
   Visibility visibility;
   TensorView q_segment_ids, kv_segment_ids;  // both or none
   ScoreRule rule{};

@@ -14,6 +14,23 @@ Rows rows_of(const Partition& partition, bool whole, int rank, int world_size, s
   return whole ? global_rows(ranges) : shard_rows(ranges);
 }
 
+// Rows of one head and keys of the longest shards; at least 1, for nobody's rows are cut, too.
+BlockSizes longest_shards(const Problem& problem, const Deal& deal) {
+  BlockSizes longest{1, 1};
+  for (int rank = 0; rank < deal.world_size; ++rank) {
+    const std::int64_t tokens = deal.q_partition->local_len(rank, deal.world_size, deal.q_len);
+    longest.q = std::max(longest.q, tokens * problem.group);
+    longest.kv =
+        std::max(longest.kv, deal.kv_partition->local_len(rank, deal.world_size, deal.kv_len));
+  }
+  return longest;
+}
+
+std::int64_t block_size(std::int64_t asked, std::int64_t choice, std::int64_t most,
+                        std::int64_t step) {
+  return round_up(std::min(asked > 0 ? asked : choice, most), step);
+}
+
 }  // namespace
 
 Rows Deal::q_rows(int rank) const {
@@ -43,6 +60,25 @@ int threads_of(const AttentionOptions& options, const Problem& problem, int work
              : std::max(1, static_cast<int>(flops / kFlopsPerThread));
 }
 
+Blocking forward_blocking(const ForwardKernel& kernel, const Problem& problem, const Deal& deal) {
+  const Blocking choice = kernel.blocking(problem.dims);
+  // A bias tile is as large as the scores: few strips, or it does not fit the L2.
+  const std::int64_t rows = problem.rule.bias ? 4 * kernel.strip_rows : choice.item_rows;
+  const BlockSizes asked = problem.forward_blocks, most = longest_shards(problem, deal);
+  return {block_size(asked.kv, choice.panel_keys, most.kv, kernel.panel_step(problem.dims)),
+          block_size(asked.q, rows, most.q, kernel.strip_rows)};
+}
+
+BackwardBlocking backward_blocking(const BackwardKernel& kernel, const Problem& problem,
+                                   const Deal& deal) {
+  const BackwardBlocking choice = kernel.blocking(problem.dims);
+  const BlockSizes asked = problem.backward_blocks, most = longest_shards(problem, deal);
+  return {block_size(asked.kv, choice.panel_keys, std::min(most.kv, kernel.most.panel_keys),
+                     kernel.tile_keys),
+          block_size(asked.q, choice.block_rows, std::min(most.q, kernel.most.block_rows),
+                     kernel.strip_rows)};
+}
+
 std::int64_t RankCosts::total() const {
   return std::accumulate(pairs.begin(), pairs.end(), std::int64_t{0});
 }
@@ -51,8 +87,9 @@ RankCosts rank_costs(const ForwardKernel& kernel, const Problem& problem, const 
                      int rank, int threads) {
   const Rows rows = deal.q_rows(rank);
   const std::vector<std::int32_t> segments = deal.q_segments(rank, rows);
+  const Blocking blocking = forward_blocking(kernel, problem, deal);
   const std::vector<Item> items = make_items(
-      make_forward_layout(kernel, problem, rows.size(), threads, false), problem, kernel);
+      make_forward_layout(kernel, problem, blocking, rows.size(), threads, false), problem, kernel);
   RankCosts costs;
   for (int owner = 0; owner < deal.world_size; ++owner) {
     Rows keys = deal.kv_rows(owner);

@@ -34,6 +34,12 @@ std::vector<Direction> directions_of(Topology topology);
 // Per worker; fewer than asked of the environment where there is too little to do.
 int threads_of(const AttentionOptions& options, const Problem& problem, int workers);
 
+// The blocks in which a call runs: what its caller asks for, else what the kernel chooses, in whole
+// strips and panel steps, no longer than the longest shard. The same on every rank that asks alike.
+Blocking forward_blocking(const ForwardKernel& kernel, const Problem& problem, const Deal& deal);
+BackwardBlocking backward_blocking(const BackwardKernel& kernel, const Problem& problem,
+                                   const Deal& deal);
+
 // One rank's queries against everybody's keys: visible pairs per item, by owner.
 struct RankCosts {
   std::vector<std::vector<std::int64_t>> item_pairs;  // [owner][item]

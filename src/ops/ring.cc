@@ -36,7 +36,7 @@ CallSummary ForwardRank::run() {
   const Parcel own = pack();
   Rows rows = deal_.q_rows(rank);
   std::vector<std::int32_t> segments = deal_.q_segments(rank, rows);
-  ForwardPass pass(kernel_, terms_,
+  ForwardPass pass(kernel_, terms_, forward_blocking(kernel_, problem_, deal_),
                    {&problem_, std::move(rows), std::move(segments), kernel_.strip_rows}, executor_,
                    blocks > 1, deltas_, [this] { walk_.tick(); });
   if (blocks == 0) {  // nothing is visible from here

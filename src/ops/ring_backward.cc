@@ -102,7 +102,8 @@ BackwardRank::BackwardRank(Communicator& comm, const RingCall& call, const RingO
       sizes_(kernel_, problem_),
       walk_(comm, options.attention.recorder),
       pass_(kernel_, choose_terms(problem_.q.dtype, options.attention.isa), problem_, executor,
-            {options.fused_backward, dbias_sum}, [this] { walk_.tick(); }),
+            {backward_blocking(kernel_, problem_, deal_), options.fused_backward, dbias_sum},
+            [this] { walk_.tick(); }),
       queries_travel_(queries_travel(sizes_, problem_, deal_, options.ring_backward)) {}
 
 QueryBlock BackwardRank::query_block(int owner) const {
