@@ -294,6 +294,8 @@ class GridProblem {
     a.dropout_prob = std::stod(cell.get(kDropout));
     a.dropout_seed = cell.seed * 0x9e3779b97f4a7c15U;
     a.threads = static_cast<int>(cell.number(kThreads));
+    std::tie(a.forward_blocks.q, a.forward_blocks.kv) = cell.numbers(kForwardBlocks);
+    std::tie(a.backward_blocks.q, a.backward_blocks.kv) = cell.numbers(kBackwardBlocks);
     if (cell.is_not(kTarget, "default")) a.isa = cell.get(kTarget);
     make_sinks();
     make_bias();
