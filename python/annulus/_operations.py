@@ -4,6 +4,7 @@ from collections import namedtuple
 
 from . import _core, _frameworks
 from ._errors import InvalidArgument
+from ._params import block_sizes
 from ._workers import ring_of
 
 Gradients = namedtuple("Gradients", "dq dk dv dsoftmax_aux dbias", defaults=(None, None))
@@ -49,6 +50,9 @@ def make_options(operation, kind, kwargs):
     mask_builder = kwargs.get("mask_builder")
     if hasattr(mask_builder, "_mask"):
         kwargs = {**kwargs, "mask_builder": mask_builder._mask}
+    for name in ("fwd_params", "bwd_params"):
+        if kwargs.get(name) is not None:
+            kwargs = {**kwargs, name: block_sizes(operation, name, kwargs[name])}
     options = _core.Options(operation, kwargs)
     return options, copies + options.copies
 

@@ -24,8 +24,8 @@ def _options(
         "sliding_window": None if window is None else tuple(window), "chunk_size": chunk_size,
         "padding_segment_id": padding_segment_id, "softmax_scale": softmax_scale, "logits_soft_cap": logits_soft_cap,
         "dropout_prob": dropout_prob, "dropout_seed": dropout_seed if seed is None else int(seed.item()),
-        "fused_backward": fused_backward, "fwd_params": fwd_blocks and FwdParams(*fwd_blocks),
-        "bwd_params": bwd_blocks and BwdParams(*bwd_blocks), "mask_builder": object_of(mask),
+        "fused_backward": fused_backward, "fwd_params": fwd_blocks and FwdParams(*(size or None for size in fwd_blocks)),
+        "bwd_params": bwd_blocks and BwdParams(*(size or None for size in bwd_blocks)), "mask_builder": object_of(mask),
         "partition": object_of(custom_partition) or partition,
     }  # fmt: skip
     return _operations.make_options(operation, _frameworks.Torch, kwargs)[0]
@@ -134,7 +134,7 @@ def _window(window):
 
 
 def _blocks(params):
-    return None if params is None else [0 if size is None else size for size in params]
+    return None if params is None else [0 if size is None else size for size in (params.q_blocksize, params.kv_blocksize)]
 
 
 def _handle(operation, name, value):

@@ -1,5 +1,6 @@
 #include "options.h"
 
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 
 #include <cmath>
@@ -218,6 +219,14 @@ void Options::read_ring(const nb::dict& kwargs) {
     ring_.topology = chosen<Topology>(*this, value, "topology",
                                       {{"ring", Topology::kRing}, {"linear", Topology::kLinear}});
   }
+  const auto blocks = [&](const char* name, BlockSizes& sizes) {
+    const nb::object value = given(kwargs, name);
+    if (!value.is_valid()) return;
+    const auto [q, kv] = nb::cast<std::pair<std::int64_t, std::int64_t>>(value);
+    sizes = {q, kv};
+  };
+  blocks("fwd_params", ring_.attention.forward_blocks);
+  blocks("bwd_params", ring_.attention.backward_blocks);
   if (const auto value = given(kwargs, "fused_backward"); value.is_valid())
     ring_.fused_backward = flag(*this, value, "fused_backward");
 }
