@@ -145,28 +145,35 @@ def run_workers(fn, world_size, *, timeout_s=30.0):
             errors.append(error)
         world.abort(max(rank, 0), f"stopped because {f'rank {rank}' if rank >= 0 else 'the caller'} raised {error!r}")
 
+    # Not Thread.join(): a Ctrl-C in it makes Python 3.11 take running threads for finished ones.
+    finished = threading.Semaphore(0)
+
     def work(rank, context):
         try:
             results[rank] = context.run(fn, Communicator(world.rank(rank)))
             world.leave(rank)
         except BaseException as error:
             stop(rank, error)
+        finally:
+            finished.release()
 
     threads = [
         threading.Thread(target=work, args=(rank, contextvars.copy_context()), name=f"annulus-rank-{rank}", daemon=True)
         for rank in range(world_size)
     ]
-    started = []
+    running = 0
     try:
         for thread in threads:
             thread.start()
-            started.append(thread)
-        for thread in started:
-            thread.join()
+            running += 1
+        while running:
+            finished.acquire()
+            running -= 1
     except BaseException as error:
         stop(-1, error)
-        for thread in started:
-            thread.join()
+        while running:
+            finished.acquire()
+            running -= 1
     if errors:
         raise errors[0]
     return results

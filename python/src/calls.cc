@@ -35,14 +35,30 @@ struct Operands {
   Array q, k, v;
 };
 
+// The library speaks of ring_attention and of q, k and v; users called something else with query,
+// key and value.
+[[noreturn]] void rethrow(const InvalidArgument& error, const Options& options) {
+  std::string text = error.what();
+  const std::size_t colon = text.find(": ");
+  if (colon == std::string::npos) throw;
+  text = text.substr(colon + 2);
+  for (const auto& [theirs, ours] : {std::pair{"q ", "query "}, {"k ", "key "}, {"v ", "value "}})
+    if (text.rfind(theirs, 0) == 0) text = ours + text.substr(2);
+  throw InvalidArgument(std::string(options.operation()) + ": " + text, error.fix());
+}
+
 // Runs `global(options)` or, on a rank of somebody's ring, `spmd(comm, options)`.
 template <class Global, class Spmd>
 void run(const Options& options, int workers, const nb::object& comm, const Global& global,
          const Spmd& spmd) {
   if (!comm.is_none()) {
     Communicator& communicator = communicator_of(comm);
-    const nb::gil_scoped_release unlocked;
-    spmd(communicator, options.ring());
+    try {
+      const nb::gil_scoped_release unlocked;
+      spmd(communicator, options.ring());
+    } catch (const InvalidArgument& error) {
+      rethrow(error, options);
+    }
     return;
   }
   SignalWatch signals;
@@ -50,7 +66,11 @@ void run(const Options& options, int workers, const nb::object& comm, const Glob
   ring.workers.stop = [&signals] { return signals.stop(); };
   // Alone there is nobody to wait for.
   if (workers == 1) ring.workers.timeout_s = std::numeric_limits<double>::infinity();
-  signals.run([&] { global(ring); });
+  try {
+    signals.run([&] { global(ring); });
+  } catch (const InvalidArgument& error) {
+    rethrow(error, options);
+  }
 }
 
 void forward(const Options& options, nb::handle query, nb::handle key, nb::handle value,
