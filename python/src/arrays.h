@@ -50,6 +50,8 @@ class Array {
   [[nodiscard]] Array narrowed() const;
 
  private:
+  void require_few_axes() const;
+
   Argument argument_{};
   std::shared_ptr<void> keep_alive_;
   void* data_ = nullptr;
