@@ -189,8 +189,8 @@ Shape out_shape(const Inputs& inputs) {
   return {inputs.q.shape[0], inputs.q.shape[1], inputs.q.shape[2], inputs.v.shape[3]};
 }
 
-double flops_of(const Options& options, const Plan& plan) {
-  return options.backward ? 3.5 * plan.flops : plan.flops;
+double flops_of(const Call& call) {
+  return call.plan.flops + (call.backward ? call.backward->flops : 0);
 }
 
 std::string describe_call(const Options& options, const Inputs& inputs, const Call& call) {
@@ -210,7 +210,7 @@ std::string describe_call(const Options& options, const Inputs& inputs, const Ca
          line("work", fmt::format("{} of {} pairs visible ({}), {:.4g} GFLOP",
                                   count_text(static_cast<double>(plan.pairs_visible)),
                                   count_text(static_cast<double>(plan.pairs_total)),
-                                  percent_text(share), flops_of(options, plan) * 1e-9)) +
+                                  percent_text(share), flops_of(call) * 1e-9)) +
          backward_line(options, call);
 }
 

@@ -37,8 +37,8 @@ bool rounds_probabilities(const std::string& target);
 
 Shape out_shape(const Inputs& inputs);
 
-// Of the forward, and with --backward 2.5 times that more: five products where it has two.
-double flops_of(const Options& options, const Plan& plan);
+// Of the forward, and with --backward of the backward too.
+double flops_of(const Call& call);
 
 // The call and its plan in a few lines.
 std::string describe_call(const Options& options, const Inputs& inputs, const Call& call);

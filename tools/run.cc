@@ -186,7 +186,7 @@ Json result_json(const Options& options, const Inputs& inputs, const Call& call,
           {"workers", call.workers},
           {"partition", options.partition},
           {"seconds", result.measured.median()},
-          {"flops", flops_of(options, call.plan)},
+          {"flops", flops_of(call)},
           {"bytes_sent_per_rank", bytes_sent_by(result.measured)},
           {"pairs_visible", visible},
           {"pairs_computed", computed},
@@ -205,8 +205,7 @@ void print_sent(const char* label, const std::vector<CallSummary>& ranks, const 
 void print_result(const Options& options, const Call& call, const Result& result) {
   const std::vector<double>& seconds = result.measured.seconds;
   const double median = result.measured.median();
-  std::string time =
-      fmt::format("{}, {}", time_text(median), flops_text(flops_of(options, call.plan) / median));
+  std::string time = fmt::format("{}, {}", time_text(median), flops_text(flops_of(call) / median));
   if (seconds.size() > 1) {
     const auto [least, most] = std::minmax_element(seconds.begin(), seconds.end());
     time += fmt::format(" (median of {}, {} to {})", seconds.size(), time_text(*least),

@@ -187,3 +187,24 @@ def test_one_library_per_call():
         annulus.attention(tensor, tensor, tensor, q_segment_ids=np.zeros((1, 8), "i4"))
     with pytest.raises(annulus.InvalidArgument, match="out"):
         annulus.attention(Q, Q, Q, out=tensor)
+
+
+class Foreign:
+    """An array of a library that Annulus has never heard of."""
+
+    def __init__(self, array):
+        self.array = array
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __dlpack__(self, **kwargs):
+        return self.array.__dlpack__(**kwargs)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_whatever_speaks_dlpack():
+    out, lse = annulus.attention(Foreign(Q), Foreign(Q), Foreign(Q), causal=True, return_lse=True)
+    exact, exact_lse = annulus.attention(Q, Q, Q, causal=True, return_lse=True)
+    np.testing.assert_array_equal(np.from_dlpack(out), exact)
+    np.testing.assert_array_equal(np.from_dlpack(lse), exact_lse)

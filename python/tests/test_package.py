@@ -78,3 +78,17 @@ def test_every_public_name_is_documented():
     for name in annulus.__all__:
         value = getattr(annulus, name)
         assert value.__doc__ and len(value.__doc__) > 10, name
+
+
+def test_one_build_runs_on_every_instruction_set():
+    code = """
+import sys, annulus, numpy as np
+draw = np.random.default_rng(0)
+q, k, v = (draw.standard_normal((1, 70, 2, 40)).astype("f4") for _ in range(3))
+out = annulus.attention(q, k, v, causal=True)
+error = np.abs(out - annulus.reference.attention(q, k, v, causal=True)).max()
+print(annulus.explain("attention", q, k, v).target, error < 2e-6)
+"""
+    for target in annulus._core.targets():
+        if target["available"] and target["name"] not in ("avx512_bf16", "amx"):  # those are for bfloat16
+            assert python(code, ANNULUS_ISA=target["name"]).stdout == f"{target['name']} True\n"

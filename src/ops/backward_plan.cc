@@ -53,18 +53,13 @@ class BackwardPlanner {
   }
 
  private:
-  [[nodiscard]] std::int64_t queries_of(int rank) const {
-    return deal_.q_partition->local_len(rank, deal_.world_size, deal_.q_len);
-  }
-  [[nodiscard]] std::int64_t keys_of(int rank) const {
-    return deal_.kv_partition->local_len(rank, deal_.world_size, deal_.kv_len);
-  }
   [[nodiscard]] std::int64_t block_bytes(int owner) const {
-    return queries_travel_ ? sizes_.queries(queries_of(owner)) : sizes_.keys(keys_of(owner));
+    return queries_travel_ ? sizes_.queries(deal_.num_queries(owner))
+                           : sizes_.keys(deal_.num_keys(owner));
   }
   [[nodiscard]] std::int64_t gradient_bytes(int owner) const {
-    return queries_travel_ ? sizes_.query_gradients(queries_of(owner))
-                           : sizes_.key_gradients(keys_of(owner));
+    return queries_travel_ ? sizes_.query_gradients(deal_.num_queries(owner))
+                           : sizes_.key_gradients(deal_.num_keys(owner));
   }
 
   void add_steps(BackwardPlan& plan, int rank, const RankSchedule& schedule) const {
@@ -100,11 +95,11 @@ class BackwardPlanner {
         visitors += 1;
         widest_block = std::max(widest_block, block_bytes(visit.owner));
         widest_gradient = std::max(widest_gradient, gradient_bytes(visit.owner));
-        widest_rows =
-            std::max(widest_rows, queries_travel_ ? queries_of(visit.owner) : keys_of(visit.owner));
+        widest_rows = std::max(widest_rows, queries_travel_ ? deal_.num_queries(visit.owner)
+                                                            : deal_.num_keys(visit.owner));
       }
     }
-    const std::int64_t q = queries_of(rank), k = keys_of(rank);
+    const std::int64_t q = deal_.num_queries(rank), k = deal_.num_keys(rank);
     std::int64_t bytes = sizes_.queries(q) + sizes_.keys(k);  // packed
     bytes += sizes_.query_gradients(q) + sizes_.key_gradients(k);
     // Visitors' gradients: the sum in use and the one handed on that was not taken yet. Without

@@ -105,8 +105,8 @@ Plan explain(int workers, const TensorView& q, const TensorView& k, const Tensor
   std::vector<RankCosts> costs;
   std::vector<std::vector<bool>> needs;
   for (int rank = 0; rank < workers; ++rank) {
-    plan.q_rows.push_back(deal.q_partition->local_len(rank, workers, q_len));
-    plan.kv_rows.push_back(deal.kv_partition->local_len(rank, workers, kv_len));
+    plan.q_rows.push_back(deal.num_queries(rank));
+    plan.kv_rows.push_back(deal.num_keys(rank));
     costs.push_back(rank_costs(kernel, problem, deal, rank, plan.threads_per_worker));
     plan.pairs_visible += costs.back().total();
     needs.emplace_back();

@@ -18,10 +18,9 @@ Rows rows_of(const Partition& partition, bool whole, int rank, int world_size, s
 BlockSizes longest_shards(const Problem& problem, const Deal& deal) {
   BlockSizes longest{1, 1};
   for (int rank = 0; rank < deal.world_size; ++rank) {
-    const std::int64_t tokens = deal.q_partition->local_len(rank, deal.world_size, deal.q_len);
+    const std::int64_t tokens = deal.num_queries(rank);
     longest.q = std::max(longest.q, tokens * problem.group);
-    longest.kv =
-        std::max(longest.kv, deal.kv_partition->local_len(rank, deal.world_size, deal.kv_len));
+    longest.kv = std::max(longest.kv, deal.num_keys(rank));
   }
   return longest;
 }

@@ -28,6 +28,12 @@ struct Deal {
 
   [[nodiscard]] Rows q_rows(int rank) const;
   [[nodiscard]] Rows kv_rows(int rank) const;
+  [[nodiscard]] std::int64_t num_queries(int rank) const {
+    return q_partition->local_len(rank, world_size, q_len);
+  }
+  [[nodiscard]] std::int64_t num_keys(int rank) const {
+    return kv_partition->local_len(rank, world_size, kv_len);
+  }
 };
 
 std::vector<Direction> directions_of(Topology topology);

@@ -55,7 +55,7 @@ CallSummary ForwardRank::run() {
 }
 
 std::int64_t ForwardRank::block_bytes(int owner) const {
-  return problem_.kv_heads() * kernel_.packed_bytes(problem_.dims, deal_.kv_rows(owner).size());
+  return problem_.kv_heads() * kernel_.packed_bytes(problem_.dims, deal_.num_keys(owner));
 }
 
 Parcel ForwardRank::pack() {

@@ -67,8 +67,7 @@ bool queries_travel(const BackwardSizes& sizes, const Problem& problem, const De
   const std::int64_t hops = deal.world_size - 1;
   std::int64_t keys = 0, queries = 0;
   for (int rank = 0; rank < deal.world_size; ++rank) {
-    const std::int64_t k = deal.kv_partition->local_len(rank, deal.world_size, deal.kv_len),
-                       q = deal.q_partition->local_len(rank, deal.world_size, deal.q_len);
+    const std::int64_t k = deal.num_keys(rank), q = deal.num_queries(rank);
     keys += hops * sizes.keys(k) + (hops + 1) * sizes.key_gradients(k);
     queries += hops * sizes.queries(q) + (hops + 1) * sizes.query_gradients(q);
   }
@@ -124,12 +123,12 @@ KeyBlock BackwardRank::key_block(int owner) const {
 }
 
 std::int64_t BackwardRank::block_bytes(int owner) const {
-  return queries_travel_ ? sizes_.queries(deal_.q_rows(owner).size())
-                         : sizes_.keys(deal_.kv_rows(owner).size());
+  return queries_travel_ ? sizes_.queries(deal_.num_queries(owner))
+                         : sizes_.keys(deal_.num_keys(owner));
 }
 std::int64_t BackwardRank::gradient_bytes(int owner) const {
-  return queries_travel_ ? sizes_.query_gradients(deal_.q_rows(owner).size())
-                         : sizes_.key_gradients(deal_.kv_rows(owner).size());
+  return queries_travel_ ? sizes_.query_gradients(deal_.num_queries(owner))
+                         : sizes_.key_gradients(deal_.num_keys(owner));
 }
 
 void BackwardRank::plan() {
