@@ -7,101 +7,198 @@ operators ``torch.ops.annulus.attention`` and ``attention_backward`` that compil
 
 import torch
 
-from . import _core, _frameworks, _operations, _torch_ops
-from ._errors import InvalidArgument, Unsupported
+from . import _frameworks, _operations, _torch_ops
+from ._errors import InvalidArgument
 from ._workers import ring_of
 
 __all__ = ["context_parallel_attention", "scaled_dot_product_attention"]
 
 _Torch = _frameworks.Torch
+# Known before the first call: compiled programs are compiled again when this changes.
+_frameworks._known.update({torch.Tensor: _Torch, torch.nn.Parameter: _Torch})
+
+
+# Options that are tensors, in the order of the operators' arguments.
+_TENSORS = ("softmax_aux", "bias", "q_segment_ids", "kv_segment_ids", "kv_lengths", "attention_mask")
+
+
+def _ordinary(tensors):
+    """Are all of them memory that holds the values themselves?"""
+    return all(
+        t is None or ((type(t) is torch.Tensor or type(t) is torch.nn.Parameter) and not t.is_neg()) for t in tensors
+    )
+
+
+def _plain(tensors):
+    """The tensors as the library reads them: no subclass, no negation that is yet to be done."""
+    if _ordinary(tensors):
+        return tensors
+    return tuple(t.as_subclass(torch.Tensor).resolve_neg() if isinstance(t, torch.Tensor) else t for t in tensors)
+
+
+def _dispatched(tensors):
+    """Is there more to a call than its tensors' memory: a mode that traces or fakes, tensors made of others? Then it must
+    be an operator."""
+    return torch._C._len_torch_dispatch_stack() > 0 or any(
+        type(t).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+        for t in tensors
+        if type(t) is not torch.Tensor and isinstance(t, torch.Tensor)
+    )
+
+
+def _each(function, info, in_dims, args):
+    """vmap of a function: one call for each index of the axis."""
+    results = [
+        function.apply(*(x if axis is None else x.select(axis, n) for x, axis in zip(args, in_dims)))
+        for n in range(info.batch_size)
+    ]
+    stacked = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*results))
+    return stacked, tuple(None if x is None else 0 for x in stacked)
 
 
 class _Call:
-    """What a forward leaves to its backward, besides tensors."""
+    """What of a call is no tensor."""
 
-    __slots__ = ("comm", "operation", "options", "workers")
+    __slots__ = ("comm", "kwargs", "operation", "workers")
 
-    def __init__(self, operation, options, workers, comm):
-        self.operation, self.options, self.workers, self.comm = operation, options, workers, comm
+    def __init__(self, operation, kwargs, workers, comm):
+        self.operation, self.workers, self.comm = operation, workers, comm
+        self.kwargs = {name: value for name, value in kwargs.items() if name not in _TENSORS}
+
+    def options(self, tensors):
+        kwargs = {**self.kwargs, **dict(zip(_TENSORS, tensors))}
+        return _operations.make_options(self.operation, _Torch, kwargs)[0]
 
 
 class _Attention(torch.autograd.Function):
+    """Saves every tensor, masks too: PyTorch then notices when one is written to before the backward."""
+
     @staticmethod
-    def forward(query, key, value, aux, bias, call):
+    def forward(call, query, key, value, *others):
+        options = call.options(others)
         return _operations.forward(
-            call.operation, _Torch, call.options, query, key, value, call.workers, call.comm, True, None
+            call.operation, _Torch, options, query, key, value, call.workers, call.comm, True, None
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.call = inputs
+        ctx.call, *tensors = inputs
         ctx.save_for_backward(*tensors, *output)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):
+        wanted = ctx.needs_input_grad
         if dout is None and dlse is None:
-            return (None,) * 6
-        query, key, value, aux, bias, out, lse = ctx.saved_tensors
-        call, wanted = ctx.call, ctx.needs_input_grad
+            return (None,) * len(wanted)
+        *tensors, out, lse = ctx.saved_tensors
         if dout is None:
-            dout = torch.zeros((), dtype=out.dtype).expand(out.shape)
-        gradients = _operations.backward(
-            call.operation, _Torch, call.options, dout, query, key, value, out, lse, dlse, aux if wanted[3] else None,
-            bias if wanted[4] else None, call.workers, call.comm,
+            dout = out.new_zeros(()).expand(out.shape)
+        arguments = (ctx.call, wanted[4], wanted[5], dout.resolve_neg(), dlse, out, lse, *tensors)
+        # Graphs of gradients end here, with an error instead of a zero.
+        gradients = (_Gradients.apply if torch.is_grad_enabled() else _Gradients.forward)(*arguments)
+        return (None, *gradients, None, None, None, None)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _each(_Attention, info, in_dims, args)
+
+
+class _Gradients(torch.autograd.Function):
+    """Results that know that they have no derivatives."""
+
+    @staticmethod
+    def forward(call, want_aux, want_bias, dout, dlse, out, lse, query, key, value, aux, bias, *others):
+        options = call.options((aux, bias, *others))
+        return tuple(
+            _operations.backward(
+                call.operation, _Torch, options, dout, query, key, value, out, lse, dlse, aux if want_aux else None,
+                bias if want_bias else None, call.workers, call.comm,
+            )
         )  # fmt: skip
-        return (*gradients, None)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise _torch_ops.no_second_derivatives()
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _each(_Gradients, info, in_dims, args)
 
 
 def _call(operation, query, key, value, kwargs, axis_name, workers, comm, return_lse, out):
-    if torch.compiler.is_compiling():
+    tensors = (query, key, value, *(kwargs.get(name) for name in _TENSORS))
+    if torch.compiler.is_compiling() or _dispatched(tensors):
         if out is not None:
             raise InvalidArgument(f"{operation}: out= cannot be compiled", "leave it out under torch.compile")
         result = _torch_ops.compiled(operation, query, key, value, kwargs, axis_name, workers, comm)
         return result if return_lse else result[0]
-    aux, bias = kwargs.get("softmax_aux"), kwargs.get("bias")
-    differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (query, key, value, aux, bias)
-    )
-    options, _ = _operations.make_options(operation, _Torch, kwargs)
-    ring = ring_of(operation, comm, axis_name, workers)
-    workers = _operations.count_of_workers(operation, workers)
-    if not differentiable:
-        result = _operations.forward(
-            operation, _Torch, options, query, key, value, workers, ring, return_lse, out
+    if torch.overrides.has_torch_function(tensors):
+        return torch.overrides.handle_torch_function(
+            _call, tensors, operation, query, key, value, kwargs, axis_name, workers, comm, return_lse, out
         )
-    elif out is not None:
-        raise InvalidArgument(f"{operation}: out= does not take part in autograd", "leave it out, or use torch.no_grad()")
+    tensors = _plain(tensors)
+    ring = ring_of(operation, comm, axis_name, workers)
+    call = _Call(operation, kwargs, _operations.count_of_workers(operation, workers), ring)
+    if out is not None:
+        return _into(call, tensors, return_lse, out)
+    if _differentiable(tensors) or torch._C._are_functorch_transforms_active():
+        result = _Attention.apply(call, *tensors)
     else:
-        result = _Attention.apply(query, key, value, aux, bias, _Call(operation, options, workers, ring))
+        options = call.options(tensors[3:])
+        result = _operations.forward(operation, _Torch, options, *tensors[:3], call.workers, ring, return_lse, None)
+    return result if return_lse else result[0]
+
+
+def _differentiable(tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _into(call, tensors, return_lse, out):
+    operation = call.operation
+    if not isinstance(out, torch.Tensor):
+        raise InvalidArgument(f"{operation}: query is an array of PyTorch, out is a {type(out).__qualname__}")
+    if _differentiable((*tensors, out)):
+        raise InvalidArgument(
+            f"{operation}: out= does not take part in autograd", "leave it out, or use torch.no_grad()"
+        )
+    if out.is_neg():
+        raise InvalidArgument(f"{operation}: out is a negated view", "pass a tensor with memory of its own")
+    result = _operations.forward(
+        operation, _Torch, call.options(tensors[3:]), *tensors[:3], call.workers, call.comm, return_lse, out
+    )
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
     return result if return_lse else result[0]
 
 
 class _Once(torch.autograd.Function):
-    """Results that know that they have no derivatives."""
+    """Results of ``attention_backward`` that know that they have no derivatives."""
 
     @staticmethod
     def forward(ctx, compute, *inputs):
-        results = compute()
-        ctx.count = 1 + len(inputs)
-        return tuple(results)
+        return tuple(compute())
 
     @staticmethod
     def backward(ctx, *_):
-        raise Unsupported("attention_backward: second derivatives are not computed", "detach its arguments or results")
+        raise _torch_ops.no_second_derivatives()
 
 
 def _backward(operation, kind, options, dout, query, key, value, out, lse, dlse, aux, bias, workers, comm):
-    def compute():
-        return _operations.backward(
-            operation, kind, options, dout, query, key, value, out, lse, dlse, aux, bias, workers, comm
-        )
+    given = (dout, query, key, value, out, lse, dlse)
+    tensors = _plain(given)
 
-    given = [t for t in (dout, query, key, value, out, lse, dlse, aux, bias) if t is not None]
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
+    def compute():
+        return _operations.backward(operation, kind, options, *tensors, aux, bias, workers, comm)
+
+    inputs = [t for t in (*given, aux, bias) if t is not None]
+    if not _differentiable(inputs):
         return compute()
-    return _operations.Gradients(*_Once.apply(compute, *given))
+    return _operations.Gradients(*_Once.apply(compute, *inputs))
 
 
 class _Merge(torch.autograd.Function):
@@ -114,24 +211,21 @@ class _Merge(torch.autograd.Function):
         ctx.save_for_backward(*inputs, *output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):
-        # out = sum of w out_x and lse = log sum e^lse_x with w = e^(lse_x - lse), so that
-        # d w / d lse_x = w (1 - w) and, for the other side, -w_a w_b.
-        out_a, lse_a, out_b, lse_b, out, lse = ctx.saved_tensors
-        dout = dout.float()
-        gradients = []
-        for out_x, lse_x in ((out_a, lse_a), (out_b, lse_b)):
-            weight = torch.where(torch.isneginf(lse_x), 0.0, torch.exp(lse_x - lse))
-            rows = weight.transpose(1, 2).unsqueeze(-1)
-            # A side that saw nothing weighs nothing, whatever its out holds.
-            moved = torch.where(rows == 0, 0.0, dout * (out_x.float() - out.float())).sum(-1).transpose(1, 2)
-            gradients += [(rows * dout).to(out_x.dtype), weight * (moved + dlse)]
-        return tuple(gradients)
+        return _torch_ops.merge_gradients(*ctx.saved_tensors, dout, dlse)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _each(_Merge, info, in_dims, args)
 
 
 def _merge(out_a, lse_a, out_b, lse_b):
-    return _Merge.apply(out_a, lse_a, out_b, lse_b)
+    tensors = (out_a, lse_a, out_b, lse_b)
+    if torch.compiler.is_compiling() or _dispatched(tensors):
+        return torch.ops.annulus.merge(*tensors)
+    if torch.overrides.has_torch_function(tensors):
+        return torch.overrides.handle_torch_function(_merge, tensors, *tensors)
+    return _Merge.apply(*_plain(tensors))
 
 
 def _broadcast(operation, query, key, value, enable_gqa):
