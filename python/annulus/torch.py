@@ -233,6 +233,8 @@ def _broadcast(operation, query, key, value, enable_gqa):
     the result."""
     tensors = (query, key, value)
     for name, tensor in zip(("query", "key", "value"), tensors):
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidArgument(f"{operation}: {name} is a {type(tensor).__qualname__}, expected a PyTorch tensor")
         if tensor.dim() < 2:
             raise InvalidArgument(f"{operation}: {name} has shape {list(tensor.shape)}, expected [..., seq, dim]")
     axes = max(query.dim(), key.dim(), value.dim())
@@ -240,13 +242,21 @@ def _broadcast(operation, query, key, value, enable_gqa):
         tensors = tuple(t[(None,) * (max(axes, 4) - t.dim())] for t in tensors)
     heads = [t.shape[-3] for t in tensors]
     if heads[1] != heads[2] or (not enable_gqa and heads[0] != heads[1] and heads[1] != 1):
-        raise InvalidArgument(
-            f"{operation}: query, key and value have {heads[0]}, {heads[1]} and {heads[2]} heads",
-            "pass enable_gqa=True where several query heads share a key head",
-        )
+        count = max(heads)
+        if enable_gqa or any(n not in (1, count) for n in heads):
+            raise InvalidArgument(
+                f"{operation}: query, key and value have {heads[0]}, {heads[1]} and {heads[2]} heads",
+                "key and value must have as many; pass enable_gqa=True where several query heads share one of theirs",
+            )
+        tensors = tuple(t.expand(*t.shape[:-3], count, *t.shape[-2:]) for t in tensors)
+        heads[0] = count
     batch = tensors[0].shape[:-3]
     if any(t.shape[:-3] != batch for t in tensors):
-        batch = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
+        try:
+            batch = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
+        except RuntimeError:
+            found = " and ".join(str(list(t.shape)) for t in (query, key, value))
+            raise InvalidArgument(f"{operation}: shapes {found} do not broadcast") from None
         tensors = tuple(t.expand(*batch, *t.shape[-3:]) for t in tensors)
     shape = (*batch, heads[0], query.shape[-2], value.shape[-1])[-axes:]
     if len(batch) != 1:
@@ -258,14 +268,26 @@ def _attn_mask(operation, mask, batch, heads, q_len, kv_len):
     """(attention_mask, bias): bool masks hide, others are added."""
     shape = (*batch, heads, q_len, kv_len)
     try:
-        mask = torch.broadcast_to(mask, shape)
+        whole = torch.broadcast_to(mask, shape)
     except RuntimeError:
         raise InvalidArgument(
             f"{operation}: attn_mask has shape {list(mask.shape)}, which does not broadcast to {list(shape)}"
         ) from None
-    if len(batch) != 1:
-        mask = mask.reshape(-1, heads, q_len, kv_len)
+    if len(batch) == 1 and mask.dim() <= 4:
+        # One batch row or head that serves all stays one: so does its gradient.
+        mask = mask[(None,) * (4 - mask.dim())]
+        mask = mask.expand(*mask.shape[:2], q_len, kv_len)
+    else:
+        mask = whole.reshape(-1, heads, q_len, kv_len)
     return (mask, None) if mask.dtype == torch.bool else (None, mask)
+
+
+def _autocast(*tensors):
+    """What torch.autocast does to the arguments of PyTorch's own attention."""
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    dtype = torch.get_autocast_dtype("cpu")
+    return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tensors)
 
 
 def scaled_dot_product_attention(
@@ -274,12 +296,16 @@ def scaled_dot_product_attention(
     """Takes the place of ``torch.nn.functional.scaled_dot_product_attention``: its layouts [..., heads, seq, dim], its top-left
     causal mask, its additive masks, gradients for the mask too. ``workers``: threads of a ring in this process.
 
-    Differences: dropout drops by position from a seed that is drawn from PyTorch's generator; float64 is refused; rows that
-    see nothing are 0. Returns [..., heads, seq, v_dim].
+    Differences: dropout drops by position from a seed that is drawn from PyTorch's generator, and dropout_p is below 1;
+    float64 is refused; rows that see nothing are 0. Under torch.autocast the arguments are cast as PyTorch's are.
+    Returns [..., heads, seq, v_dim].
     """
     operation = "scaled_dot_product_attention"
+    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     if attn_mask is not None and is_causal:
-        raise InvalidArgument(f"{operation}: both attn_mask and is_causal are given", "put the causal rule into the mask")
+        raise InvalidArgument(
+            f"{operation}: both attn_mask and is_causal are given", "put the causal rule into the mask"
+        )
     (q, k, v), batch, shape = _broadcast(operation, query, key, value, enable_gqa)
     kwargs = {"causal": is_causal, "causal_alignment": "top_left", "softmax_scale": scale}
     if attn_mask is not None:
@@ -303,5 +329,5 @@ def context_parallel_attention(
     kwargs = {
         "causal": is_causal, "causal_alignment": "top_left", "softmax_scale": scale, "partition": partition, **options,
     }  # fmt: skip
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    q, k, v = (t.transpose(1, 2) for t in _autocast(query, key, value))
     return _call(operation, q, k, v, kwargs, axis_name, None, comm, False, None).transpose(1, 2)
