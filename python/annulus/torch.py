@@ -24,9 +24,10 @@ _TENSORS = ("softmax_aux", "bias", "q_segment_ids", "kv_segment_ids", "kv_length
 
 def _ordinary(tensors):
     """Are all of them memory that holds the values themselves?"""
-    return all(
-        t is None or ((type(t) is torch.Tensor or type(t) is torch.nn.Parameter) and not t.is_neg()) for t in tensors
-    )
+    for t in tensors:
+        if t is not None and ((type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter) or t.is_neg()):
+            return False
+    return True
 
 
 def _plain(tensors):
@@ -39,11 +40,13 @@ def _plain(tensors):
 def _dispatched(tensors):
     """Is there more to a call than its tensors' memory: a mode that traces or fakes, tensors made of others? Then it must
     be an operator."""
-    return torch._C._len_torch_dispatch_stack() > 0 or any(
-        type(t).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-        for t in tensors
-        if type(t) is not torch.Tensor and isinstance(t, torch.Tensor)
-    )
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    for t in tensors:
+        if t is not None and type(t) is not torch.Tensor and isinstance(t, torch.Tensor):
+            if type(t).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+                return True
+    return False
 
 
 def _each(function, info, in_dims, args):
@@ -70,21 +73,25 @@ class _Call:
         return _operations.make_options(self.operation, _Torch, kwargs)[0]
 
 
+def _forward(call, query, key, value, *others):
+    options = call.options(others)
+    return _operations.forward(call.operation, _Torch, options, query, key, value, call.workers, call.comm, True, None)
+
+
+def _save(ctx, inputs, output):
+    ctx.call, *tensors = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
 class _Attention(torch.autograd.Function):
     """Saves every tensor, masks too: PyTorch then notices when one is written to before the backward."""
 
     @staticmethod
-    def forward(call, query, key, value, *others):
-        options = call.options(others)
-        return _operations.forward(
-            call.operation, _Torch, options, query, key, value, call.workers, call.comm, True, None
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.call, *tensors = inputs
-        ctx.save_for_backward(*tensors, *output)
-        ctx.set_materialize_grads(False)
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx, dout, dlse):
@@ -99,9 +106,16 @@ class _Attention(torch.autograd.Function):
         gradients = (_Gradients.apply if torch.is_grad_enabled() else _Gradients.forward)(*arguments)
         return (None, *gradients, None, None, None, None)
 
+
+class _TransformedAttention(_Attention):
+    """The same for torch.func, which wants forward and context apart. That alone takes PyTorch longer than a small call."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_save)
+
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _each(_Attention, info, in_dims, args)
+        return _each(_TransformedAttention, info, in_dims, args)
 
 
 class _Gradients(torch.autograd.Function):
@@ -131,7 +145,7 @@ class _Gradients(torch.autograd.Function):
 
 
 def _call(operation, query, key, value, kwargs, axis_name, workers, comm, return_lse, out):
-    tensors = (query, key, value, *(kwargs.get(name) for name in _TENSORS))
+    tensors = (query, key, value, *map(kwargs.get, _TENSORS))
     if torch.compiler.is_compiling() or _dispatched(tensors):
         if out is not None:
             raise InvalidArgument(f"{operation}: out= cannot be compiled", "leave it out under torch.compile")
@@ -141,21 +155,29 @@ def _call(operation, query, key, value, kwargs, axis_name, workers, comm, return
         return torch.overrides.handle_torch_function(
             _call, tensors, operation, query, key, value, kwargs, axis_name, workers, comm, return_lse, out
         )
-    tensors = _plain(tensors)
+    plain = _plain(tensors)
     ring = ring_of(operation, comm, axis_name, workers)
-    call = _Call(operation, kwargs, _operations.count_of_workers(operation, workers), ring)
-    if out is not None:
-        return _into(call, tensors, return_lse, out)
-    if _differentiable(tensors) or torch._C._are_functorch_transforms_active():
-        result = _Attention.apply(call, *tensors)
+    workers = _operations.count_of_workers(operation, workers)
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or out is not None or _differentiable(plain):
+        call = _Call(operation, kwargs, workers, ring)
+        if out is not None:
+            return _into(call, plain, return_lse, out)
+        result = (_TransformedAttention if transformed else _Attention).apply(call, *plain)
     else:
-        options = call.options(tensors[3:])
-        result = _operations.forward(operation, _Torch, options, *tensors[:3], call.workers, ring, return_lse, None)
+        if plain is not tensors:
+            kwargs = {**kwargs, **dict(zip(_TENSORS, plain[3:]))}
+        options, _ = _operations.make_options(operation, _Torch, kwargs)
+        result = _operations.forward(operation, _Torch, options, *plain[:3], workers, ring, return_lse, None)
     return result if return_lse else result[0]
 
 
 def _differentiable(tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def _into(call, tensors, return_lse, out):
@@ -237,6 +259,9 @@ def _broadcast(operation, query, key, value, enable_gqa):
             raise InvalidArgument(f"{operation}: {name} is a {type(tensor).__qualname__}, expected a PyTorch tensor")
         if tensor.dim() < 2:
             raise InvalidArgument(f"{operation}: {name} has shape {list(tensor.shape)}, expected [..., seq, dim]")
+    q, k, v = query.shape, key.shape, value.shape
+    if len(q) == len(k) == len(v) == 4 and q[0] == k[0] == v[0] and q[1] == k[1] == v[1]:
+        return tensors, q[:1], (*q[:3], v[3])  # nothing to do, as nearly always
     axes = max(query.dim(), key.dim(), value.dim())
     if axes < 4 or any(t.dim() < axes for t in tensors):
         tensors = tuple(t[(None,) * (max(axes, 4) - t.dim())] for t in tensors)
