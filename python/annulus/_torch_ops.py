@@ -9,7 +9,7 @@ import torch
 from . import _frameworks, _operations
 from ._errors import InvalidArgument, Unsupported
 from ._handles import object_of
-from ._params import BwdParams, FwdParams
+from ._params import BwdParams, FwdParams, block_sizes
 from ._workers import ring_of
 
 
@@ -214,8 +214,8 @@ def _window(window):
     return [-1 if side is None else side for side in sides]
 
 
-def _blocks(params):
-    return None if params is None else [0 if size is None else size for size in (params.q_blocksize, params.kv_blocksize)]
+def _blocks(operation, name, params):
+    return None if params is None else list(block_sizes(operation, name, params))
 
 
 def _handle(operation, name, value):
@@ -251,7 +251,8 @@ def compiled(operation, query, key, value, kwargs, axis_name, workers, comm):
         kwargs.get("chunk_size"), kwargs.get("padding_segment_id"), kwargs.get("softmax_scale"),
         kwargs.get("logits_soft_cap"), kwargs.get("dropout_prob") or 0.0,
         0 if drawn else _signed(operation, seed or 0),
-        bool(kwargs.get("fused_backward", True)), _blocks(kwargs.get("fwd_params")), _blocks(kwargs.get("bwd_params")),
+        bool(kwargs.get("fused_backward", True)), _blocks(operation, "fwd_params", kwargs.get("fwd_params")),
+        _blocks(operation, "bwd_params", kwargs.get("bwd_params")),
         _handle(operation, "mask_builder", kwargs.get("mask_builder")), partition if custom is None else "contiguous",
         _handle(operation, "partition", custom), workers, _handle(operation, "comm", comm), axis_name,
     )  # fmt: skip

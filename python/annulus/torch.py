@@ -37,16 +37,18 @@ def _plain(tensors):
     return tuple(t.as_subclass(torch.Tensor).resolve_neg() if isinstance(t, torch.Tensor) else t for t in tensors)
 
 
-def _dispatched(tensors):
-    """Is there more to a call than its tensors' memory: a mode that traces or fakes, tensors made of others? Then it must
-    be an operator."""
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return True
+def _wrapped(tensors):
+    """Is one made of others, or a fake? It has no memory."""
     for t in tensors:
         if t is not None and type(t) is not torch.Tensor and isinstance(t, torch.Tensor):
             if type(t).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
                 return True
     return False
+
+
+def _dispatched(tensors):
+    """Must the call be an operator, for a mode that traces or fakes, or for what its tensors are?"""
+    return torch._C._len_torch_dispatch_stack() > 0 or _wrapped(tensors)
 
 
 def _each(function, info, in_dims, args):
@@ -146,6 +148,12 @@ class _Gradients(torch.autograd.Function):
 
 def _call(operation, query, key, value, kwargs, axis_name, workers, comm, return_lse, out):
     tensors = (query, key, value, *map(kwargs.get, _TENSORS))
+    for name in ("softmax_scale", "logits_soft_cap"):
+        if isinstance(kwargs.get(name), torch.Tensor) and _differentiable((kwargs[name],)):
+            raise InvalidArgument(
+                f"{operation}: {name} requires gradients, which are not computed for it",
+                "multiply query by a learned scale, or detach it",
+            )
     if torch.compiler.is_compiling() or _dispatched(tensors):
         if out is not None:
             raise InvalidArgument(f"{operation}: out= cannot be compiled", "leave it out under torch.compile")
@@ -212,6 +220,11 @@ class _Once(torch.autograd.Function):
 
 def _backward(operation, kind, options, dout, query, key, value, out, lse, dlse, aux, bias, workers, comm):
     given = (dout, query, key, value, out, lse, dlse)
+    if _wrapped(given):
+        raise InvalidArgument(
+            f"{operation}: fake tensors and tensors made of others have no memory to compute on",
+            "call torch.ops.annulus.attention_backward",
+        )
     tensors = _plain(given)
 
     def compute():
