@@ -226,6 +226,45 @@ TEST_P(EveryTarget, SmallWeightsKeepTheirDigits) {
   }
 }
 
+// As large as float32 gets, and in any order: additive masks hold the lowest number, for whole rows
+// too.
+TEST_P(EveryTarget, ScoresOfAnySize) {
+  if (std::get<1>(GetParam()).rfind("amx", 0) == 0)
+    GTEST_SKIP() << "the AMX kernel is right up to 1e9";
+  constexpr std::int64_t kKeys = 40;
+  const AttentionOptions plain = options();
+  Tensor q(dtype(), {1, 1, 1, 4}), k(dtype(), {1, kKeys, 1, 4}), v(dtype(), {1, kKeys, 1, kKeys});
+  v.fill([](auto, std::int64_t j, auto, std::int64_t d) { return j == d ? 1.0 : 0.0; });
+  Tensor bias(DType::kFloat32, {1, 1, 1, kKeys});
+  Tensor out(DType::kFloat32, {1, 1, 1, kKeys}), lse(DType::kFloat32, {1, 1, 1, 1});
+  const std::vector<std::function<double(std::int64_t)>> shapes{
+      [](std::int64_t) { return 1.0; },
+      [](std::int64_t j) { return 0.5 + 0.0125 * static_cast<double>(j); },
+      [](std::int64_t j) { return 1.0 - 0.0125 * static_cast<double>(j); },
+      [](std::int64_t j) { return j < 25 ? 1.0 : 1e-39 * static_cast<double>(j); },
+      [](std::int64_t j) { return j >= 9 && j % 3 != 0 ? 1.0 : 1e-39 * static_cast<double>(j); }};
+  for (const double size : {1e5, 2e6, 1e9, 1e12, 1e20, 3.4e38}) {
+    for (const double sign : {1.0, -1.0}) {
+      for (std::size_t n = 0; n < shapes.size(); ++n) {
+        bias.fill([&](auto, auto, auto, std::int64_t j) { return sign * size * shapes[n](j); });
+        AttentionOptions o = plain;
+        o.bias = bias;
+        const reference::Row exact = reference::attention_row(q, k, v, o, 0, 0, 0);
+        for (const int workers : {1, 3}) {
+          ring_attention(workers, q, k, v, out.mutable_view(), lse.mutable_view(), ring(o));
+          ASSERT_NEAR(lse.get(0, 0, 0, 0), exact.lse, 4e-6 * std::max(1.0, std::abs(exact.lse)))
+              << sign * size << ", shape " << n;
+          for (std::int64_t j = 0; j < kKeys; ++j) {
+            const double weight = exact.out[static_cast<std::size_t>(j)];
+            ASSERT_NEAR(out.get(0, 0, 0, j), weight, 0x1p-7 * weight + 1e-20)
+                << sign * size << ", shape " << n << ", key " << j << ", workers " << workers;
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_P(EveryTarget, NotFiniteInputs) {
   const double kNan = std::numeric_limits<double>::quiet_NaN();
   for (const double poison :

@@ -151,7 +151,8 @@ def ring_attention(
             "logits_soft_cap": logits_soft_cap, "softmax_scale": softmax_scale, "fwd_params": fwd_params,
             "bwd_params": bwd_params, "fused_backward": fused_backward, "attention_mask": attention_mask,
             "dropout_prob": dropout_prob, "dropout_seed": dropout_seed, "kv_lengths": kv_lengths,
-            "padding_segment_id": padding_segment_id, "causal_alignment": causal_alignment, "partition": partition,
+            "padding_segment_id": padding_segment_id, "causal_alignment": causal_alignment or "top_left",
+            "partition": partition,
         },
         axis_name, workers, comm, return_lse, out,
     )  # fmt: skip

@@ -191,6 +191,10 @@ Array::Array(nb::handle object, const Argument& argument, bool writable) : argum
   }
   if (array.is_valid() && !dtype) dtype = dtype_of(array.dtype());
   if (!dtype || array.device_type() != nb::device::cpu::value) refuse_object(object, argument);
+  if (nb::hasattr(object, "is_neg") && nb::cast<bool>(object.attr("is_neg")())) {
+    refuse_with_fix("call resolve_neg() on it", argument.operation, argument.name,
+                    " is a view whose signs are not in its memory");
+  }
   dtype_ = *dtype, data_ = array.data();
   for (std::size_t axis = 0; axis < array.ndim(); ++axis) {
     shape_.push_back(static_cast<std::int64_t>(array.shape(axis)));
@@ -226,6 +230,11 @@ void Array::require_dtype(std::initializer_list<DType> accepted) const {
 MutableTensorView Array::view() const {
   // Frameworks may give empty tensors no memory; views without data stand for "not given".
   static std::byte nothing[64];
+  const bool empty = std::find(shape_.begin(), shape_.end(), 0) != shape_.end();
+  if (data_ == nullptr && !empty) {
+    refuse_with_fix("pass an array with memory of its own", argument_.operation, argument_.name,
+                    " has no memory");
+  }
   MutableTensorView view{data_ != nullptr ? data_ : nothing, dtype_, {1, 1, 1, 1}, {}};
   for (std::size_t axis = 0; axis < shape_.size(); ++axis)
     view.shape[axis] = shape_[axis], view.strides[axis] = strides_[axis];

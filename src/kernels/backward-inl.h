@@ -69,7 +69,8 @@ template <class A>
 struct PackedStrip {
   char *qt, *ot, *q, *o;
   float *lse, *delta;
-  std::uint32_t* poisoned;
+  float* base;  // of rows whose lse is far from 0, in natural units: lse is then 0
+  std::uint32_t *poisoned, *shifted;
   PackedStrip(const void* memory, const BackwardSizes<A>& sizes) {
     qt = static_cast<char*>(const_cast<void*>(memory));
     ot = qt + sizes.k_steps * kWidth * 4;
@@ -77,11 +78,12 @@ struct PackedStrip {
     o = q + sizes.kPairSteps * sizes.q_pair_bytes();
     lse = reinterpret_cast<float*>(o + sizes.kPairSteps * sizes.o_pair_bytes());
     delta = lse + kWidth;
-    poisoned = reinterpret_cast<std::uint32_t*>(delta + kWidth);
+    base = delta + kWidth;
+    poisoned = reinterpret_cast<std::uint32_t*>(base + kWidth), shifted = poisoned + 1;
   }
   static std::int64_t Bytes(const BackwardSizes<A>& sizes) {
-    return ((sizes.k_steps + sizes.v_steps + 2) * kWidth * 4 +
-            sizes.kPairSteps * (sizes.q_pair_bytes() + sizes.o_pair_bytes()) + 4 + 63) /
+    return ((sizes.k_steps + sizes.v_steps + 3) * kWidth * 4 +
+            sizes.kPairSteps * (sizes.q_pair_bytes() + sizes.o_pair_bytes()) + 8 + 63) /
            64 * 64;
   }
 };
@@ -173,7 +175,7 @@ class BackwardBlock {
           GradientUnit(u, q.delta, ds_rows + back, ds_pairs + back);
         });
       }
-      FinishScores(acc, work, t);
+      FinishScores(acc, work, q, t);
       Clear(acc);
       MultiplyBeside(acc, keys_.v + t * sizes_.v_tile_bytes(), q.ot, sizes_.v_steps,
                      [&](int u) ANNULUS_ATTR { ExponentialUnit(u, q.lse, p_rows + row); });
@@ -208,7 +210,8 @@ class BackwardBlock {
 #endif
   }
 
-  HWY_INLINE void FinishScores(Tile& acc, const BackwardStrip& work, std::int64_t t) {
+  HWY_INLINE void FinishScores(Tile& acc, const BackwardStrip& work, const PackedStrip<A>& q,
+                               std::int64_t t) {
     if (HWY_UNLIKELY(!plain_)) {
       StoreTile(acc, s_);
       TransformScores(call_.rule, call_.rule.bias ? work.bias + t * kKeys * kWidth : nullptr, s_,
@@ -217,6 +220,18 @@ class BackwardBlock {
     }
     if (HWY_UNLIKELY(work.tile_class[t] == kTilePartial)) Hide(acc, work.lane_bits + t * kKeys);
     StoreTile(acc, s_);
+    if (HWY_UNLIKELY(*q.shifted != 0)) Shift(q);
+  }
+  // A p is at most 1, however coarse the lse.
+  HWY_NOINLINE void Shift(const PackedStrip<A>& q) {
+    const V to_stored = hn::Set(kF, 1 / (scale_ * static_cast<float>(kLn2))), zero = hn::Zero(kF);
+    for (int c = 0; c < kVecs; ++c) {
+      const V base = At(q.base, c), stored = hn::Mul(base, to_stored);
+      for (int r = 0; r < kKeys; ++r) {
+        const V x = At(s_ + r * kWidth, c), moved = hn::Min(hn::Sub(x, stored), zero);
+        Put(s_ + r * kWidth, c, hn::IfThenElse(hn::Eq(base, zero), x, moved));
+      }
+    }
   }
 
   // p of keys 2u and 2u + 1: float32 for dS, rounded for dV.
@@ -345,7 +360,7 @@ class BackwardBlock {
       Clear(acc);
       Multiply<A>(acc, keys_.k + t * sizes_.k_tile_bytes(), kKeys * 4, q.qt, kWidth * 4,
                   sizes_.k_steps);
-      FinishScores(acc, work, t);
+      FinishScores(acc, work, q, t);
       Clear(acc);
       Multiply<A>(acc, keys_.v + t * sizes_.v_tile_bytes(), kKeys * 4, q.ot, kWidth * 4,
                   sizes_.v_steps);
@@ -474,12 +489,16 @@ void PackBackwardStrip(void* memory, const StripRows& rows, Dims dims) {
   TransposeStrip<A>(rows.q, rows.count, q, dims.head_dim, sizes.k_steps, to.qt);
   TransposeStrip<A>(rows.dout, rows.count, dout, dims.v_head_dim, sizes.v_steps, to.ot);
   const void *q_rows[kWidth], *o_rows[kWidth];
-  bool poisoned = false;
+  bool poisoned = false, shifted = false;
   for (int n = 0; n < kWidth; ++n) {
     const bool real = n < rows.count;
     q_rows[n] = real ? rows.q[n] : nullptr, o_rows[n] = real ? rows.dout[n] : nullptr;
     // A row that sees nothing has lse -inf; +inf instead makes its p 0 without a branch.
-    const float lse = real && rows.lse[n] != -INFINITY ? rows.lse[n] * kLog2e : INFINITY;
+    const float given = real && rows.lse[n] != -INFINITY ? rows.lse[n] : INFINITY;
+    const bool far = isfinite(given) && fabsf(given * kLog2e) > kFarExponent;
+    const float lse = far ? 0 : given * kLog2e;
+    to.base[n] = far ? given : 0;
+    shifted |= far;
     to.lse[n] = lse, to.delta[n] = real ? rows.delta[n] : 0;
     poisoned |= real && (isnan(lse) || rows.lse[n] == INFINITY || !isfinite(rows.delta[n]));
   }
@@ -487,7 +506,7 @@ void PackBackwardStrip(void* memory, const StripRows& rows, Dims dims) {
   A::PackValues(to.o, o_rows, kWidth, dout, dims.v_head_dim, sizes.o_pair_bytes() / 4);
   poisoned |= A::AnyNotFinite(to.qt, sizes.k_steps * kWidth) ||
               A::AnyNotFinite(to.ot, sizes.v_steps * kWidth);
-  *to.poisoned = poisoned ? 1 : 0;
+  *to.poisoned = poisoned ? 1 : 0, *to.shifted = shifted ? 1 : 0;
 }
 
 template <class A>

@@ -27,14 +27,14 @@ std::int64_t PanelStep(Dims /*dims*/) { return kKeys; }
 template <class A>
 std::int64_t StripBytes(Dims dims) {
   const Sizes<A> sizes(dims);
-  return ((6 + sizes.v_rows + sizes.steps) * kWidth * 4 + 63) / 64 * 64;
+  return ((8 + sizes.v_rows + sizes.steps) * kWidth * 4 + 63) / 64 * 64;
 }
 
 template <class A>
 std::int64_t ScratchBytes(Dims dims) {
   const std::int64_t rows =
       2 * (Sizes<A>(dims).steps + Sizes<A>(dims).v_rows) * 4;  // pack()'s are the caller's stack
-  return (2 * kKeys * kWidth + kBlock * kWidth / A::kPer) * 4 + rows + 256;
+  return (3 * kKeys * kWidth + kBlock * kWidth / A::kPer) * 4 + rows + 256;
 }
 
 template <class A>
@@ -70,8 +70,10 @@ void StartStrip(void* memory, const void* const* rows, std::int64_t count,
   const RowSource source{nullptr, nullptr, 0, dim_stride_bytes, element};
   TransposeStrip<A>(rows, count, source, dims.head_dim, sizes.steps, z.qt);
   memset(z.o, 0, static_cast<std::size_t>(sizes.v_rows * kWidth * 4));
-  for (int n = 0; n < kWidth; ++n)
+  for (int n = 0; n < kWidth; ++n) {
     z.m[n] = 0, z.l[n] = 0, z.w[n] = 0, z.b[n] = 0, z.guard[n] = -INFINITY, z.f[n] = 1;
+    z.base[n] = 0, z.base_natural[n] = 0;
+  }
 }
 
 template <class A>
@@ -80,7 +82,8 @@ void RunPanel(const PanelCall& call) {
   Scratch scratch;
   scratch.s[0] = static_cast<float*>(call.scratch);
   scratch.s[1] = scratch.s[0] + kKeys * kWidth;
-  scratch.p = reinterpret_cast<char*>(scratch.s[1] + kKeys * kWidth);
+  scratch.raw = scratch.s[1] + kKeys * kWidth;
+  scratch.p = reinterpret_cast<char*>(scratch.raw + kKeys * kWidth);
   // The next panel's lines, dealt over all slots of this one.
   const char *next_k = nullptr, *next_v = nullptr;
   std::int64_t lines = 0, per_slot = 1;
@@ -119,7 +122,8 @@ void FinishStrip(const void* memory, const float* sinks, float keep_scale, float
   alignas(64) float factor[kWidth];
   for (int n = 0; n < kWidth; ++n) {
     const float weights = A::kRoundsP ? z.w[n] : z.l[n];
-    const double seen = kLn2 * static_cast<double>(z.m[n]) + log(static_cast<double>(z.l[n]));
+    const double seen = static_cast<double>(z.base_natural[n]) +
+                        kLn2 * static_cast<double>(z.m[n]) + log(static_cast<double>(z.l[n]));
     if (z.l[n] == 0) {  // nothing seen
       lse[n] = sinks[n], factor[n] = 0;
       continue;

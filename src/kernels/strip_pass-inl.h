@@ -53,14 +53,16 @@ struct Strip {
                  // block + keys / block
   float* guard;  // score above which the reference is raised; -inf: no reference yet
   float* f;      // factor that O and l await; 1 unless a reference was raised in the open block
+  float* base;   // subtracted from scores as they are stored: 0 unless they are far from it
+  float* base_natural;  // the same in natural units, for lse
 
   template <class A>
   static Strip At(void* memory, const Sizes<A>& sizes) {
     Strip z;
     z.m = static_cast<float*>(memory);
     z.l = z.m + kWidth, z.w = z.l + kWidth, z.b = z.w + kWidth, z.guard = z.b + kWidth,
-    z.f = z.guard + kWidth;
-    z.o = z.f + kWidth;
+    z.f = z.guard + kWidth, z.base = z.f + kWidth, z.base_natural = z.base + kWidth;
+    z.o = z.base_natural + kWidth;
     z.qt = reinterpret_cast<char*>(z.o + sizes.v_rows * kWidth);
     return z;
   }
@@ -68,6 +70,7 @@ struct Strip {
 
 struct Scratch {
   float* s[2];  // scores of the tile being exponentiated and the one just multiplied [key][query]
+  float* raw;   // those before a base was subtracted
   char* p;      // P^T of the open block [key / kPer][query][kPer]
 };
 
@@ -90,6 +93,7 @@ class StripPass {
     poisoned_ = reinterpret_cast<const std::uint8_t*>(packed) + sizes_.k_bytes(call.num_keys) +
                 sizes_.v_bytes(call.num_keys) + call.key_begin / kKeys;
     plain_ = PlainScores(call.rule), scale_ = ExponentScale(call.rule);
+    for (int n = 0; n < kWidth; ++n) shifted_ |= z_.base[n] != 0;
   }
 
   void AimPrefetch(const char* k, const char* v, std::int64_t lines, std::int64_t per_slot) {
@@ -138,7 +142,7 @@ class StripPass {
         MultiplyBesideExponentials(acc, a, before,
                                    scratch_.p + (t - 1 - block) * kKeys * kKeyBytes);
       }
-      if (Scores(acc, t, now, top)) Raise(top, (t - block) * kKeys);
+      if (Scores(acc, t, now, top)) Raise(top, (t - block) * kKeys, now);
       if ((t - block) * kKeys == kBlock) ProductWithV(block * kKeys, kBlock), block = t;
       float* swap = now;
       now = before, before = swap;
@@ -206,6 +210,13 @@ class StripPass {
       LoadTile(acc, s);
     }
     if (HWY_UNLIKELY(work_.tile_class[t] == kTilePartial)) Hide(acc, work_.lane_bits + t * kKeys);
+    if (HWY_UNLIKELY(shifted_)) {
+      StoreTile(acc, scratch_.raw);
+      ANNULUS_UNROLL for (int r = 0; r < kKeys; ++r) {
+        ANNULUS_UNROLL for (int c = 0; c < kVecs; ++c) acc[r][c] =
+            hn::Sub(acc[r][c], At(z_.base, c));
+      }
+    }
     StoreTile(acc, s);
     // A NaN is passed over: its lane is lost anyway. Maxima cost nothing, they run beside the
     // products.
@@ -224,7 +235,8 @@ class StripPass {
   // Raises the reference of the lanes whose guard is topped. P of the open block (n keys, not
   // multiplied yet), its sum and the factor of O and l follow by a power of two: nothing is rounded
   // or computed again, other lanes multiply by 1.
-  HWY_NOINLINE void Raise(const float* top, std::int64_t n) {
+  HWY_NOINLINE void Raise(float* top, std::int64_t n, float* s) {
+    Rebase(top, s);
     const V scale = hn::Set(kF, scale_), one = hn::Set(kF, 1);
     // Finite even for a score of +inf, whose p is then inf, as the formula has it.
     const V limit = hn::Set(kF, 0x1p126F);
@@ -247,6 +259,34 @@ class StripPass {
            j += 2, p += 2 * kWidth * 4) {  // n / kPer is even: whole tiles
         A::ScaleStored(p, factor), A::ScaleStored(p + kWidth * 4, factor);
       }
+    }
+  }
+
+  // Gives a base to the lanes whose guard is topped by an exponent that is far from 0: the tile's
+  // largest score. All that came before is far below and vanishes, as if it had not been seen. The
+  // tile's scores follow, from those without a base: scores that differ may not differ any more
+  // once another base was subtracted.
+  HWY_NOINLINE void Rebase(float* top, float* s) {
+    const V far = hn::Set(kF, kFarExponent), scale = hn::Set(kF, scale_);
+    const V limit = hn::Set(kF, 0x1.fffffep127F),
+            to_natural = hn::Set(kF, scale_ * static_cast<float>(kLn2));
+    const float* raw = shifted_ ? scratch_.raw : s;
+    for (int c = 0; c < kVecs; ++c) {
+      const V highest = At(top, c);
+      const auto up = hn::Gt(highest, At(z_.guard, c));
+      const auto moves = hn::And(up, hn::Gt(hn::Abs(hn::Mul(highest, scale)), far));
+      if (hn::AllFalse(kF, moves)) continue;
+      V base = hn::Neg(limit);  // finite, so that nothing becomes inf - inf
+      for (int r = 0; r < kKeys; ++r) base = hn::Max(At(raw + r * kWidth, c), base);
+      base = hn::IfThenElse(moves, hn::Min(base, limit), At(z_.base, c));
+      for (int r = 0; r < kKeys; ++r) {
+        const V x = At(raw + r * kWidth, c);
+        Put(s + r * kWidth, c, hn::IfThenElse(moves, hn::Sub(x, base), At(s + r * kWidth, c)));
+      }
+      Put(z_.base, c, base), Put(z_.base_natural, c, hn::Mul(base, to_natural));
+      Put(z_.guard, c, hn::IfThenElse(moves, hn::Set(kF, -INFINITY), At(z_.guard, c)));
+      Put(top, c, hn::IfThenZeroElse(moves, highest));
+      shifted_ = true;
     }
   }
 
@@ -317,7 +357,7 @@ class StripPass {
     Multiply<A>(acc, k_ + t * kKeys * sizes_.k_row_bytes(), kKeys * 4, z_.qt, kWidth * 4,
                 sizes_.steps);
     alignas(64) float top[kWidth];
-    if (Scores(acc, t, s, top)) Raise(top, 0);
+    if (Scores(acc, t, s, top)) Raise(top, 0, s);
     for (int c = 0; c < kVecs; ++c) {
       V sum = hn::Zero(kF), weights = hn::Mul(At(z_.f, c), At(z_.w, c));
       for (int r = 0; r < kKeys; ++r) {
@@ -360,6 +400,7 @@ class StripPass {
   const char* v_;
   const std::uint8_t* poisoned_;
   bool plain_;
+  bool shifted_ = false;  // some lane has a base
   float scale_;
   const char* prefetch_k_ = nullptr;
   const char* prefetch_v_ = nullptr;
