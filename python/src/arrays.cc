@@ -66,6 +66,12 @@ bool is_numpy_bfloat16(nb::handle object) {
          attribute_text(object, "dtype") == "bfloat16";
 }
 
+[[noreturn]] void refuse_dtype(const Argument& argument, const std::string& type,
+                               const std::string& dtype) {
+  refuse_with_fix("convert it, e.g. to float32", argument.operation, argument.name, type,
+                  " has dtype ", dtype, ", which Annulus cannot read");
+}
+
 [[noreturn]] void refuse_object(nb::handle object, const Argument& argument) {
   const char *operation = argument.operation, *name = argument.name;
   const std::string type = type_text(object);
@@ -82,10 +88,7 @@ bool is_numpy_bfloat16(nb::handle object) {
                     device, ", Annulus computes on CPUs");
   }
   const std::string dtype = attribute_text(object, "dtype");
-  if (!dtype.empty()) {
-    refuse_with_fix("convert it, e.g. to float32", operation, name, " (", type, ") has dtype ",
-                    dtype, ", which Annulus cannot read");
-  }
+  if (!dtype.empty()) refuse_dtype(argument, " (" + type + ")", dtype);
   refuse_with_fix("pass an array of NumPy, PyTorch or JAX", operation, name, " is a ", type,
                   ", expected an array");
 }
@@ -168,7 +171,21 @@ DType dtype_named(const std::string& wanted) {
   refuse("annulus", "no dtype is named '", wanted, "'");
 }
 
+void Array::describe(const ArraySpec& spec) {
+  static const std::byte zeros[64]{};
+  const auto* known = std::find_if(std::begin(kTypes), std::end(kTypes),
+                                   [&](const NamedType& t) { return name(t.dtype) == spec.dtype; });
+  if (known == std::end(kTypes)) refuse_dtype(argument_, "", spec.dtype);
+  dtype_ = known->dtype, data_ = const_cast<std::byte*>(zeros);
+  shape_ = spec.shape, strides_.assign(spec.shape.size(), 0);
+  require_few_axes();
+}
+
 Array::Array(nb::handle object, const Argument& argument, bool writable) : argument_(argument) {
+  if (nb::isinstance<ArraySpec>(object)) {
+    describe(nb::cast<const ArraySpec&>(object));
+    return;
+  }
   if (const auto plain = plain_tensor(object)) {
     dtype_ = plain->dtype, data_ = reinterpret_cast<void*>(plain->data);
     for (const nb::handle extent : plain->shape) shape_.push_back(nb::cast<std::int64_t>(extent));
@@ -264,17 +281,20 @@ Array Array::narrowed() const {
     result.strides_[axis] = count;
   result.keep_alive_ = std::shared_ptr<void>(allocate(count * 4), Free());
   result.data_ = result.keep_alive_.get(), result.dtype_ = DType::kInt32;
-  auto* to = static_cast<std::int32_t*>(result.data_);
+  narrow(from, argument_, static_cast<std::int32_t*>(result.data_));
+  return result;
+}
+
+void narrow(const TensorView& from, const Argument& argument, std::int32_t* to) {
   for (std::int64_t a = 0; a < from.shape[0]; ++a) {
     for (std::int64_t b = 0; b < from.shape[1]; ++b) {
       std::int64_t wide = 0;
       std::memcpy(&wide, from.at(a, b, 0, 0), 8);
       *to = static_cast<std::int32_t>(wide);
       if (*to++ != wide)
-        refuse(argument_.operation, argument_.name, " holds ", wide, ", which int32 cannot");
+        refuse(argument.operation, argument.name, " holds ", wide, ", which int32 cannot");
     }
   }
-  return result;
 }
 
 nb::object aligned_array(const std::vector<std::int64_t>& shape, const std::string& dtype) {

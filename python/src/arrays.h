@@ -24,6 +24,13 @@ struct Argument {
   const char* name;
 };
 
+// What an array will be, where a program is compiled for it before there is one: arguments of this
+// type are read as arrays of zeros.
+struct ArraySpec {
+  std::string dtype;
+  std::vector<std::int64_t> shape;
+};
+
 // An array at hand and what keeps its memory alive. Copyable; must be dropped with the GIL held.
 class Array {
  public:
@@ -50,6 +57,7 @@ class Array {
   [[nodiscard]] Array narrowed() const;
 
  private:
+  void describe(const ArraySpec& spec);
   void require_few_axes() const;
 
   Argument argument_{};
@@ -58,6 +66,9 @@ class Array {
   DType dtype_ = DType::kFloat32;
   std::vector<std::int64_t> shape_, strides_;
 };
+
+// The int64 numbers of a view by rows, as int32. Throws InvalidArgument for those that do not fit.
+void narrow(const TensorView& from, const Argument& argument, std::int32_t* to);
 
 // A 64-byte aligned, uninitialized array of Annulus's own with __dlpack__: for frameworks that take
 // memory over.
