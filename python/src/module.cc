@@ -41,4 +41,5 @@ NB_MODULE(_core, m) {
   bind_calls(m);
   bind_plans(m);
   bind_reference(m);
+  bind_ffi(m);
 }
