@@ -274,7 +274,9 @@ class StripPass {
     for (int c = 0; c < kVecs; ++c) {
       const V highest = At(top, c);
       const auto up = hn::Gt(highest, At(z_.guard, c));
-      const auto moves = hn::And(up, hn::Gt(hn::Abs(hn::Mul(highest, scale)), far));
+      // Not +inf: its p is inf, which stays.
+      const auto moves = hn::And(hn::And(up, hn::Le(highest, limit)),
+                                 hn::Gt(hn::Abs(hn::Mul(highest, scale)), far));
       if (hn::AllFalse(kF, moves)) continue;
       V base = hn::Neg(limit);  // finite, so that nothing becomes inf - inf
       for (int r = 0; r < kKeys; ++r) base = hn::Max(At(raw + r * kWidth, c), base);
