@@ -20,6 +20,7 @@ UNSTUBBED = [f"annulus.{name}" for name in ("jax", "transformers") if not (PACKA
 
 # The rules of Mask work on the class and on a mask alike; a stub calls that a class method. Compared below.
 ALLOWED = r"annulus\.(_masks\.)?Mask\.(full|causal|sliding_window|chunked|prefix|dense|block_sparse)" + "\n"
+ALLOWED += r"annulus\._transformers_masks\.RulesMask\.__torch_function__" + "\n"
 
 NUMPY_PROGRAM = """
 import annulus
