@@ -18,9 +18,11 @@ PACKAGE = pathlib.Path(annulus.__file__).parent
 PRIVATE = [f"annulus.{file.stem}" for file in PACKAGE.glob("_*.py") if file.stem != "__init__"]
 UNSTUBBED = [f"annulus.{name}" for name in ("jax", "transformers") if not (PACKAGE / f"{name}.pyi").exists()]
 
-# The rules of Mask work on the class and on a mask alike; a stub calls that a class method. Compared below.
-ALLOWED = r"annulus\.(_masks\.)?Mask\.(full|causal|sliding_window|chunked|prefix|dense|block_sparse)" + "\n"
-ALLOWED += r"annulus\._transformers_masks\.RulesMask\.__torch_function__" + "\n"
+# Private modules, and the rules of Mask: they work on the class and on a mask alike, which a stub calls a class method.
+# Their parameters are compared below.
+ALLOWED = r"""annulus\._\w+\..*
+annulus\.Mask\.(full|causal|sliding_window|chunked|prefix|dense|block_sparse)
+"""
 
 NUMPY_PROGRAM = """
 import annulus
