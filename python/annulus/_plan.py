@@ -9,7 +9,7 @@ from ._operations import count_of_workers, make_options, names_of
 
 _DEFAULTS = {
     "attention": {"causal_alignment": "bottom_right"},
-    "ring_attention": {"causal_alignment": "top_left"},
+    "ring_attention": {"causal_alignment": "top_left", "fused_backward": False},
     "attention_backward": {"causal_alignment": "bottom_right"},
 }
 
@@ -92,7 +92,10 @@ def doctor():
     """What this machine can do, with a self-test of every path: the command line's ``annulus doctor --json`` as a dict."""
     from .__main__ import program
 
-    run = subprocess.run([program(), "doctor", "--json"], capture_output=True, text=True)
+    try:
+        run = subprocess.run([program(), "doctor", "--json"], capture_output=True, text=True)
+    except OSError as error:
+        raise Unsupported(f"doctor: cannot start {program()}: {error.strerror}", "install the package again") from None
     try:
         return json.loads(run.stdout)
     except ValueError:

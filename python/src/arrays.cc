@@ -68,8 +68,9 @@ bool is_numpy_bfloat16(nb::handle object) {
 
 [[noreturn]] void refuse_dtype(const Argument& argument, const std::string& type,
                                const std::string& dtype) {
-  refuse_with_fix("convert it, e.g. to float32", argument.operation, argument.name, type,
-                  " has dtype ", dtype, ", which Annulus cannot read");
+  refuse_with_fix(
+      "convert it: numbers to float32, bfloat16 or float16, ids to int32, masks to bool",
+      argument.operation, argument.name, type, " has dtype ", dtype, ", which Annulus cannot read");
 }
 
 [[noreturn]] void refuse_object(nb::handle object, const Argument& argument) {
