@@ -151,6 +151,21 @@ def test_tables_have_every_parameter_and_its_default(name, page, heading):
             assert rows.get(parameter.name) == default, f"{page}: {parameter.name} has default {default}"
 
 
+@pytest.mark.jax
+@pytest.mark.parametrize("name", ("ring_attention", "attention"))
+def test_jax_has_the_parameters_of_the_plain_functions(name):
+    """Or the page of JAX says what differs."""
+    import annulus
+
+    pytest.importorskip("jax")
+    there = inspect.signature(getattr(pytest.importorskip("annulus.jax"), name)).parameters
+    here = inspect.signature(getattr(annulus, name)).parameters
+    text = (ROOT / "docs" / "python" / "jax.md").read_text(encoding="utf-8")
+    for parameter in there.keys() | here.keys():
+        both = parameter in there and parameter in here and there[parameter].default == here[parameter].default
+        assert both or f"`{parameter}`" in text, parameter
+
+
 def test_every_public_name_has_a_place():
     import annulus
 

@@ -18,9 +18,9 @@ PACKAGE = pathlib.Path(annulus.__file__).parent
 PRIVATE = [f"annulus.{file.stem}" for file in PACKAGE.glob("_*.py") if file.stem != "__init__"]
 UNSTUBBED = [f"annulus.{name}" for name in ("jax", "transformers") if not (PACKAGE / f"{name}.pyi").exists()]
 
-# Private modules, and the rules of Mask: they work on the class and on a mask alike, which a stub calls a class method.
+# Private names, and the rules of Mask: they work on the class and on a mask alike, which a stub calls a class method.
 # Their parameters are compared below.
-ALLOWED = r"""annulus\._\w+\..*
+ALLOWED = r"""annulus\.(\w+\.)*_(?!_)\w+(\..*)?
 annulus\.Mask\.(full|causal|sliding_window|chunked|prefix|dense|block_sparse)
 """
 
