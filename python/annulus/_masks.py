@@ -40,12 +40,9 @@ def _causal(shift=0):
     return _core.Mask.causal(int(shift))
 
 
-_SAME = object()
-
-
-def _sliding_window(left, right=_SAME):
+def _sliding_window(left, right=...):
     """i - left <= j <= i + right, both ends inclusive. None or -1 is unlimited; one number alone serves both sides."""
-    right = left if right is _SAME else right
+    right = left if right is ... else right
     return _core.Mask.sliding_window(*(-1 if side is None else _whole("a side", side, -1) for side in (left, right)), 0)
 
 
