@@ -24,6 +24,7 @@ from jax import lax
 from . import _core, _errors
 from ._errors import InvalidArgument
 from ._operations import count_of_workers, make_options
+from ._params import FwdParams, block_sizes
 
 __all__ = ["attention", "ring_attention"]
 
@@ -185,6 +186,8 @@ def _static(operation, name, value):
         )
     if isinstance(value, (jax.Array, np.ndarray)) and value.ndim == 0:
         return value.item()
+    if name in ("fwd_params", "bwd_params"):
+        return FwdParams(*(size or None for size in block_sizes(operation, name, value)))
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -65,7 +65,7 @@ CASES = {
         {},
         {
             "causal": True, "fused_backward": True, "fwd_params": annulus.FwdParams(16, 16),
-            "bwd_params": annulus.BwdParams(kv_blocksize=16),
+            "bwd_params": {"kv_blocksize": 16},
         },
         {"causal": True}, {},
     ),

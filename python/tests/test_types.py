@@ -66,6 +66,7 @@ except annulus.CommError as error:
 
 FRAMEWORKS_PROGRAM = """
 import annulus
+import annulus.jax
 import annulus.torch
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,8 @@ def rank(comm: annulus.Communicator) -> torch.Tensor:
 shards: list[torch.Tensor] = annulus.run_workers(rank, 2)
 j = jnp.ones((1, 8, 4, 16))
 rows: jax.Array = annulus.attention(j, j, j)
+ring: jax.Array = annulus.jax.ring_attention(j, j, j, causal=True, axis_name="sp", timeout_s=None)
+pair: tuple[jax.Array, jax.Array] = annulus.jax.attention(j, j, j, dropout_seed=jnp.uint32(1), return_lse=True)
 """
 
 # Statement, and what mypy says about it.
