@@ -81,6 +81,9 @@ class Other(Jax):
         return namespace().from_dlpack(array) if namespace else array
 
 
+# Options that are arrays, in the order of the PyTorch operators' arguments.
+OPTION_ARRAYS = ("softmax_aux", "bias", "q_segment_ids", "kv_segment_ids", "kv_lengths", "attention_mask")
+
 _ROOTS = {"numpy": NumPy, "ml_dtypes": NumPy, "torch": Torch, "jax": Jax, "jaxlib": Jax}
 _known = {}
 
@@ -108,12 +111,12 @@ def of(operation, name, array):
     return kind
 
 
-def common(operation, arrays, kwargs, names=("q_segment_ids", "kv_segment_ids", "softmax_aux", "bias", "attention_mask", "kv_lengths")):
+def common(operation, arrays, kwargs):
     """The one library of all arrays of a call; `arrays` are (name, array) pairs."""
     first_name, first = arrays[0]
     kind = of(operation, first_name, first)
     others = list(arrays[1:])
-    for name in names:
+    for name in OPTION_ARRAYS:
         array = kwargs.get(name)
         if array is not None:
             others.append((name, array))

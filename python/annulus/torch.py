@@ -18,8 +18,7 @@ _Torch = _frameworks.Torch
 _frameworks._known.update({torch.Tensor: _Torch, torch.nn.Parameter: _Torch})
 
 
-# Options that are tensors, in the order of the operators' arguments.
-_TENSORS = ("softmax_aux", "bias", "q_segment_ids", "kv_segment_ids", "kv_lengths", "attention_mask")
+_TENSORS = _frameworks.OPTION_ARRAYS
 
 
 def _ordinary(tensors):
