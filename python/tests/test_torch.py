@@ -17,11 +17,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.*not a doub
 
 @pytest.fixture(autouse=True)
 def fixed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.manual_seed(7)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rows(*shape, grad=True, dtype=torch.float32):

@@ -16,11 +16,7 @@ CLOSE = {"rtol": 2.5e-5, "atol": 2.5e-5}
 
 @pytest.fixture(autouse=True)
 def fixed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.manual_seed(5)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rows(*shape):
