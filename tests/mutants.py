@@ -57,6 +57,10 @@ MUTANTS = [
            "terms.kernel.gather(rows, terms.lanes.count, element,"),
 
     # ---------------------------------------------------------------- arithmetic of the forward
+    Mutant("far_scores_shifted_twice", "a reference taken of scores that have one already", "src/kernels/amx_softmax-inl.h",
+           "const float* raw = z.shifted != 0 ? s.raw : s.shifted;", "const float* raw = s.shifted;"),
+    Mutant("far_scores_unknown_to_backward", "scores of whole rows at the lowest number", "src/kernels/amx_backward-inl.h",
+           "if (__builtin_expect(at.rows.head->shifted != 0, 0)) subtract_base(at);", ""),
     Mutant("lse_base_2", "lse in base 2 taken for base e", "src/kernels/forward-inl.h",
            "const double seen = kLn2 * static_cast<double>(z.m[n]) + log(",
            "const double seen = static_cast<double>(z.m[n]) + log2("),

@@ -94,5 +94,36 @@ TEST(Backward, VisibleNanPropagatesAsInTheOracle) {
   }
 }
 
+// One key far above the others, wherever the scores lie: float32 knows its weight exactly.
+TEST(Backward, ScoresOfAnySize) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const std::string& target : targets_for(dtype)) {
+      for (const double size : {1e5, 2e6, 1e9, 1e12, 1e20, 3.4e38}) {
+        for (const double sign : {1.0, -1.0}) {
+          SCOPED_TRACE(::testing::Message() << name(dtype) << " " << target << " " << sign * size);
+          const Shape shape{.q_len = 70,
+                            .kv_len = 90,
+                            .heads = 2,
+                            .kv_heads = 1,
+                            .head_dim = 24,
+                            .v_head_dim = 40};
+          Training t(dtype, shape);
+          t.bias = Tensor(DType::kFloat32, {1, 2, shape.q_len, shape.kv_len});
+          t.dbias = Tensor(DType::kFloat32, t.bias.shape());
+          t.bias.fill([&](auto, auto, std::int64_t i, std::int64_t j) {
+            const bool top = j == (7 * i + 3) % shape.kv_len;
+            if (i % 3 == 0) return 0.1 * static_cast<double>(j % 5);  // a row like any other
+            return sign * size * (top == (sign > 0) ? 1.0 : 0.5);
+          });
+          RingOptions options;
+          options.attention.isa = target, options.attention.bias = t.bias;
+          const auto check = t.run_and_check(options, 1);
+          EXPECT_TRUE(check.passed) << check.verdict;
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace annulus::testing

@@ -69,6 +69,8 @@ struct BackwardRows {
   struct Head {
     alignas(64) float lse[kStripRows];  // log2 units; +inf for a row that sees nothing: its p are 0
     float delta[kStripRows];
+    float base[kStripRows];   // of rows whose lse is far from 0, in natural units: lse is then 0
+    std::int32_t shifted;     // some base is not 0
     std::uint32_t lanes;      // bit per row; the lanes beyond see nothing
     std::int32_t not_finite;  // some element of q or dout is not, or some lse is NaN
   };
@@ -165,6 +167,7 @@ void pack_backward_strip(void* memory, const StripRows& rows, Dims dims) {
   const BackwardRows packed(memory, sizes);
   const RowSource q{nullptr, nullptr, 0, rows.q_dim_stride_bytes, rows.q_element};
   const RowSource dout{nullptr, nullptr, 0, rows.dout_dim_stride_bytes, rows.dout_element};
+  bool shifted = false;
   bool finite =
       pack_both_forms(packed.qt, packed.q, rows.q, rows.count, q, sizes.k_units, dims.head_dim);
   finite &= pack_both_forms(packed.dot, packed.dout, rows.dout, rows.count, dout, sizes.v_units,
@@ -177,9 +180,14 @@ void pack_backward_strip(void* memory, const StripRows& rows, Dims dims) {
     if (__builtin_isnan(lse)) lse = kNan;
     if (__builtin_isnan(delta)) delta = kNan;
     finite &= !__builtin_isnan(lse);
-    head.lse[n] = lse == -kInfinity ? kInfinity : static_cast<float>(kLog2e * lse);
+    if (lse == -kInfinity) lse = kInfinity;
+    const double exponent = kLog2e * lse;
+    const bool far = __builtin_fabs(exponent) > kFarExponent && lse != kInfinity;
+    head.lse[n] = far ? 0 : static_cast<float>(exponent), head.base[n] = far ? lse : 0;
     head.delta[n] = delta;
+    shifted |= far;
   }
+  head.shifted = shifted ? 1 : 0;
   head.lanes = rows.count < kStripRows ? (1U << rows.count) - 1 : ~0U;
   head.not_finite = finite ? 0 : 1;
 }

@@ -119,14 +119,15 @@ class PanelPass {
         first_block_(call.key_begin / (sizes_.block * kTileKeys)) {
     s_[0] = static_cast<float*>(call.scratch);
     s_[1] = s_[0] + sizes_.group * kSquare;
-    unused_ = s_[1] + sizes_.group * kSquare;
+    raw_ = s_[1] + sizes_.group * kSquare;
+    unused_ = raw_ + sizes_.group * kSquare;
     p_[0] = reinterpret_cast<Bf16*>(unused_ + kSquare);
     p_[1] = p_[0] + (sizes_.block + 1) * kSquare;
     finished_ = unused_;
     aim_prefetch();
   }
   static std::int64_t scratch_bytes(const Sizes& sizes) {
-    return ((2 * sizes.group + 1) * 4 + 2 * (sizes.block + 1) * 2) * kSquare;
+    return ((3 * sizes.group + 1) * 4 + 2 * (sizes.block + 1) * 2) * kSquare;
   }
 
   void run() {
@@ -271,14 +272,16 @@ class PanelPass {
   // Scores of a slot are in memory, no exponential is made yet.
   [[gnu::always_inline]] void before_exponentials(const Block& block, int slot, float* s) {
     if ((block.prepared >> slot & 1) != 0) prepare(block, slot, s, rule_, sizes_);
-    if (block.strip.head->watch != 0) raise(block, slot, s, p_[p_now_], rule_, sizes_);
+    const Strip::Head& z = *block.strip.head;
+    if (__builtin_expect(z.shifted != 0, 0)) subtract_base(z, {s, raw_}, sizes_.group);
+    if (z.watch != 0) raise(block, slot, {s, raw_}, p_[p_now_], rule_, sizes_);
   }
 
   // The slot's sum tripped; the strip still holds the sums from before it. Vectors by value: Sums
   // would pass through memory and have a place there throughout the pipeline.
-  [[gnu::noinline]] void raise_and_redo(const Block& block, int slot, const float* s, __m512 l0,
+  [[gnu::noinline]] void raise_and_redo(const Block& block, int slot, float* s, __m512 l0,
                                         __m512 l1, __m512 w0, __m512 w1) {
-    if (raise(block, slot, s, p_[p_now_], rule_, sizes_)) {
+    if (raise(block, slot, {s, raw_}, p_[p_now_], rule_, sizes_)) {
       exponentials(block, slot, s, p_[p_now_], rule_, sizes_);
     } else {
       Sums{{l0, l1}, {w0, w1}}.store(block.strip);
@@ -410,6 +413,7 @@ class PanelPass {
   const std::int64_t panel_tiles_, first_block_;
   std::int64_t strip_ = 0, tile_ = 0;  // where advance() goes on
   float* s_[2];                        // scores of a group: being exponentiated, being made
+  float* raw_;                         // of the former before a base was subtracted
   Bf16* p_[2];                         // P of a block: being made, being multiplied
   int s_now_ = 0, p_now_ = 0;
   float* unused_;

@@ -25,6 +25,7 @@ constexpr int kSquare = 1024;  // elements of 32 x 32
 constexpr int kMaxBlock = 8;   // tiles: P of two blocks takes 32 KiB of the 48 KiB L1, no more
 constexpr float kInfinity = __builtin_inff();
 constexpr float kNan = __builtin_nanf("");
+constexpr float kLargest = 0x1.fffffep127F;
 constexpr double kLn2 = 0.693147180559945309;
 constexpr double kLog2e = 1.44269504088896341;
 
@@ -79,7 +80,10 @@ struct Strip {
     float bl[kStripRows];             // both of the open block: their error grows with
     float bw[kStripRows];             // block + keys / block, not with keys
     float f[kStripRows];              // factor that O, l and w await
+    float base[kStripRows];           // subtracted from scores: 0 unless they are far from it
+    float base_natural[kStripRows];   // the same in natural units, for lse
     std::int32_t raised;              // some f is not 1
+    std::int32_t shifted;             // some base is not 0
     std::int32_t watch;               // slots whose maxima are taken before the exponentials
   };
   Head* head;
@@ -290,9 +294,9 @@ void start(void* memory, const void* const* rows, std::int64_t count, std::int64
   Strip::Head& z = *strip.head;
   for (int n = 0; n < kStripRows; ++n) {
     z.m[n] = 0, z.guard[n] = -kInfinity, z.f[n] = 1;
-    z.l[n] = z.w[n] = z.bl[n] = z.bw[n] = 0;
+    z.l[n] = z.w[n] = z.bl[n] = z.bw[n] = z.base[n] = z.base_natural[n] = 0;
   }
-  z.raised = 0, z.watch = 1;
+  z.raised = z.shifted = 0, z.watch = 1;
 }
 
 // lse of one lane; returns the factor that normalises its O.
@@ -301,7 +305,7 @@ inline float normalise(const Strip::Head& z, int n, float sink, float& lse) {
     lse = sink;
     return 0;
   }
-  const double seen = kLn2 * z.m[n] + log(static_cast<double>(z.l[n]));
+  const double seen = z.base_natural[n] + kLn2 * z.m[n] + log(static_cast<double>(z.l[n]));
   // Each side may be far above the other; without a sink total is seen.
   const double top = seen < sink ? sink : seen, low = seen < sink ? seen : sink;
   const double total = top + log1p(exp(low - top));

@@ -16,16 +16,8 @@
 namespace annulus {
 namespace {
 
-// A lane is raised when a p exceeds 2^kGuard, and a raised lane gets kRoom for growth: its largest
-// p is 2^-kRoom. Both are far inside float32 and bf16. Beyond kFar a raise leaves no room: see
-// strip_pass-inl.h. Weights are lost below 2^-80 of the largest.
-// A sum trips at half of that, so every lane that a watched strip would raise also trips when it is
-// not watched: neighbours do not matter.
-//
-// m is a float, and the FMA that subtracts it sees the product unrounded: beyond 2^31 log2 units
-// the difference may leave the exponential's range, and a row of such scores gives 0 or Inf. Scores
-// then differ by noise of 2^7 and more anyway.
-constexpr float kGuard = 40, kRoom = 40, kFar = 126 - kRoom;
+// A sum trips at half of what a p may be (kGuard), so every lane that a watched strip would raise
+// also trips when it is not watched: neighbours do not matter.
 constexpr float kTrip = 0x1p39F;
 // Slots a strip is watched after it grew. Growth of 1 a key needs a raise every second tile:
 // without memory it would be found too late each time.
@@ -230,6 +222,20 @@ inline void hide(float* s, const std::uint32_t* bits) {
 // ------------------------------------------------------------------------------------------ the
 // reference
 
+// Of one slot: less the base of their lanes, and as they were if some lane has one.
+struct Scores {
+  float *shifted, *raw;
+};
+
+// Lanes without a base subtract 0.
+[[gnu::noinline]] void subtract_base(const Strip::Head& z, const Scores& s, int group) {
+  memcpy(s.raw, s.shifted, static_cast<std::size_t>(group * kSquare) * sizeof(float));
+  for (int i = 0; i < group * kSquare; i += kLanes) {
+    const __m512 base = _mm512_load_ps(z.base + i / 512 % 2 * kLanes);
+    _mm512_store_ps(s.shifted + i, _mm512_sub_ps(_mm512_load_ps(s.shifted + i), base));
+  }
+}
+
 inline void scale_lanes(float* x, __m512 factor) {
   _mm512_store_ps(x, _mm512_mul_ps(factor, _mm512_load_ps(x)));
 }
@@ -262,33 +268,70 @@ inline __m512 top_score(const float* s, int half, int group) {
   return _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
 }
 
-// Raises the lanes whose scores in this slot top their guard: m, bl, bw, f, and P of the slots of
-// the block before. Returns whether there was one.
-[[gnu::noinline]] bool raise_lanes(const Block& block, int slot, const float* s, Bf16* p,
+// Gives a base to the lanes of `up` whose exponent is far from 0: the slot's largest score, so that
+// `highest` becomes 0. All that came before is far below and vanishes, as if it had not been seen.
+// Scores follow from those without a base: scores that differ may not differ any more once another
+// base was subtracted. Returns the lanes.
+inline __mmask16 rebase(Strip::Head& z, int half, __mmask16 up, __m512 highest, const Rule& rule,
+                        const float* raw, float* s, int group) {
+  const int at = half * kLanes;
+  const __m512 scale = _mm512_set1_ps(rule.scale), limit = _mm512_set1_ps(kLargest);
+  const __m512 size = _mm512_abs_ps(_mm512_mul_ps(highest, scale));
+  // Not +inf: its p is inf, which stays.
+  const __mmask16 finite = _mm512_mask_cmp_ps_mask(up, highest, limit, _CMP_LE_OQ);
+  const __mmask16 moves =
+      _mm512_mask_cmp_ps_mask(finite, size, _mm512_set1_ps(kFarExponent), _CMP_GT_OQ);
+  if (moves == 0) return 0;
+  __m512 base = _mm512_max_ps(top_score(raw, half, group), _mm512_set1_ps(-kLargest));
+  base = _mm512_min_ps(base, limit);  // finite, so that nothing becomes inf - inf
+  for (int g = 0; g < group; ++g) {
+    for (int key = 0; key < kTileKeys; ++key) {
+      const int i = g * kSquare + half * 512 + key * kLanes;
+      _mm512_mask_store_ps(s + i, moves, _mm512_sub_ps(_mm512_load_ps(raw + i), base));
+    }
+  }
+  const __m512 to_natural = _mm512_set1_ps(rule.scale * static_cast<float>(kLn2));
+  _mm512_mask_store_ps(z.base + at, moves, base);
+  _mm512_mask_store_ps(z.base_natural + at, moves, _mm512_mul_ps(base, to_natural));
+  z.shifted = 1;
+  return moves;
+}
+
+// Raises the lanes whose scores in this slot top their guard: base, m, bl, bw, f, and P of the
+// slots of the block before. Returns whether there was one.
+[[gnu::noinline]] bool raise_lanes(const Block& block, int slot, const Scores& s, Bf16* p,
                                    const Rule& rule, const Sizes& sizes) {
   Strip::Head& z = *block.strip.head;
+  const float* raw = z.shifted != 0 ? s.raw : s.shifted;
   bool any = false, grown = false, unset_left = false;
   for (int half = 0; half < 2; ++half) {
     const int at = half * kLanes;
     const __m512 guard = _mm512_load_ps(z.guard + at), m = _mm512_load_ps(z.m + at);
-    const __m512 top = _mm512_mul_ps(top_score(s, half, sizes.group), _mm512_set1_ps(rule.scale));
+    const __m512 highest = top_score(s.shifted, half, sizes.group);
+    const __mmask16 seen = _mm512_cmp_ps_mask(highest, _mm512_set1_ps(-kInfinity), _CMP_GT_OQ);
+    __m512 top = _mm512_mul_ps(highest, _mm512_set1_ps(rule.scale));
+    top = _mm512_mask_max_ps(top, seen, top, _mm512_set1_ps(-kLargest));
     const __mmask16 up = _mm512_cmp_ps_mask(top, guard, _CMP_GT_OQ);
     const __mmask16 unset = _mm512_cmp_ps_mask(guard, _mm512_set1_ps(-kInfinity), _CMP_EQ_OQ);
     const auto growing = static_cast<__mmask16>(up & ~unset);
     unset_left |= (unset & ~up) != 0;
     if (up == 0) continue;
     any = true, grown |= growing != 0;
+    const __mmask16 moved = rebase(z, half, up, highest, rule, raw, s.shifted, sizes.group);
+    top = _mm512_mask_mov_ps(top, moved, _mm512_setzero_ps());
     // Finite even for a score of +inf, whose p is then inf, as the formula has it.
     __m512 to = _mm512_roundscale_ps(top, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
     const __mmask16 near =
-        _mm512_mask_cmp_ps_mask(growing, _mm512_sub_ps(to, m), _mm512_set1_ps(kFar), _CMP_LE_OQ);
+        _mm512_mask_cmp_ps_mask(static_cast<__mmask16>(growing & ~moved), _mm512_sub_ps(to, m),
+                                _mm512_set1_ps(kFar), _CMP_LE_OQ);
     to = _mm512_mask_add_ps(to, near, to, _mm512_set1_ps(kRoom));
     to = _mm512_mask_mov_ps(m, up, _mm512_min_ps(to, _mm512_set1_ps(0x1p126F)));
     _mm512_store_ps(z.m + at, to);
     _mm512_mask_store_ps(z.guard + at, up, _mm512_add_ps(to, _mm512_set1_ps(kGuard)));
     if (growing == 0) continue;  // lanes without a reference have nothing to scale yet
     const __m512 one = _mm512_set1_ps(1);
-    const __m512 factor = _mm512_mask_scalef_ps(one, growing, one, _mm512_sub_ps(m, to));
+    __m512 factor = _mm512_mask_scalef_ps(one, growing, one, _mm512_sub_ps(m, to));
+    factor = _mm512_mask_mov_ps(factor, moved, _mm512_setzero_ps());
     scale_lanes(z.bl + at, factor), scale_lanes(z.bw + at, factor), scale_lanes(z.f + at, factor);
     for (int j = 0; j < slot * sizes.group; ++j) {
       scale_p(p + block.place(j, sizes) * kSquare + half * 512, factor);
@@ -305,7 +348,7 @@ inline __m512 top_score(const float* s, int half, int group) {
 // are not inlined, since compilers may move it across a change of mode.
 constexpr unsigned kFlushDenormals = 0x8040;
 
-inline bool raise(const Block& block, int slot, const float* s, Bf16* p, const Rule& rule,
+inline bool raise(const Block& block, int slot, const Scores& s, Bf16* p, const Rule& rule,
                   const Sizes& sizes) {
   const unsigned mode = _mm_getcsr();
   _mm_setcsr(mode | kFlushDenormals);

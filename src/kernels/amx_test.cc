@@ -186,6 +186,16 @@ constexpr ScoreCase kScores[] = {
                                  : j % 9 == 0 ? 27.5F
                                               : 20.0F; }},
     {"2^39 by number", [](std::int64_t j) { return j < 32 ? 0 : 27.0F; }},
+    {"equal and far", [](std::int64_t) { return -3e9F; }},
+    {"grow 1e6 per 64 keys", [](std::int64_t j) { return 1e6F * static_cast<float>(j / 64); }},
+    {"grow 1e6 per 8 keys", [](std::int64_t j) { return 1e6F * static_cast<float>(j / 8); }},
+    {"fall from far", [](std::int64_t j) { return 1e12F - 1e10F * static_cast<float>(j / 3); }},
+    {"far first 700",
+     [](std::int64_t j) {
+       return static_cast<float>(j < 700 ? -1000000000 * (9 - j / 90) : j % 7);
+     }},
+    {"far in turn",
+     [](std::int64_t j) { return j % 331 == 5 ? 1e12F * static_cast<float>(1 + j / 331) : -1e9F; }},
 };
 
 TEST_P(AmxKernel, ScoresThatBeatTheReference) {

@@ -300,7 +300,7 @@ inline Result run(const ForwardKernel& kernel, const Problem& p) {
 struct Row {
   std::vector<double> out, weight;  // weight: sum of p |v|
   double lse = 0;
-  double largest = 0;  // |score|, of those that count
+  double largest = 0;  // |score|, of those that count; of far ones the distance to the first
 };
 
 // One row in double precision, straight from the formula.
@@ -327,10 +327,11 @@ inline Row oracle(const Problem& p, std::int64_t row) {
     if (p.sees(row, j)) sum += std::exp(s[j] - top);
   }
   result.lse = top + std::log(sum);
+  const double base = std::abs(top) > 1e6 ? top : 0;
   for (std::int64_t j = 0; j < p.keys; ++j) {
     if (!p.sees(row, j)) continue;
     const double w = std::exp(s[j] - result.lse) * p.rule.keep_scale;
-    if (w > 1e-9) result.largest = std::max(result.largest, std::abs(s[j]));
+    if (w > 1e-9) result.largest = std::max(result.largest, std::abs(s[j] - base));
     if (!p.keeps(row, j)) continue;
     for (std::int64_t d = 0; d < v_dim; ++d) {
       result.out[d] += w * p.v[j * v_dim + d];

@@ -17,12 +17,6 @@ namespace {
 // Keys whose P waits for one product with V. Longer saves trips of O (1 point against 128), shorter
 // keeps P in the L1.
 constexpr int kBlock = 256;
-// A raised reference leaves room for growth: p of the largest score is 2^-kRoom and may grow to
-// 2^kGuard before the next raise. Both are far inside float32 and bf16. A raise multiplies what is
-// there by 2^(m - new m), which is nothing below 2^-126: beyond kFar it leaves no room, so that
-// what is lost, 2^kGuard at most, lies below 2^-86 of the new largest. A second raise in the same
-// block starts 80 above the first reference or more: weights are lost below 2^-80 of the largest.
-constexpr float kGuard = 40, kRoom = 40, kFar = 126 - kRoom;
 template <class A>
 struct Sizes {
   // A packed KV head: K by tiles [tile][k-step][key][kPer], V [key / kPer][d][kPer], one byte per

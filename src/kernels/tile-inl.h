@@ -108,10 +108,6 @@ HWY_INLINE float ExponentScale(const ScoreRule& rule) {
   return PlainScores(rule) ? static_cast<float>(static_cast<double>(rule.scale) * (1 / kLn2))
                            : kLog2e;
 }
-// Exponents beyond this get a base: what float32 keeps of them is coarser than the exponents'
-// differences. Scores of that size are differences themselves once the base is subtracted.
-constexpr float kFarExponent = 0x1p20F;
-
 // Scores in natural units: scale, soft cap, bias [key][query]. `slope`, if given, receives the
 // cap's derivative.
 HWY_NOINLINE void TransformScores(const ScoreRule& rule, const float* bias, float* s,
