@@ -2,39 +2,67 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "base/half.h"
 
 namespace annulus {
 
+namespace {
+
+// Elements lie stride_bytes apart; dense ones have a loop of their own, which becomes vector code.
+template <class Stored, class Loop>
+void with_stride(std::int64_t stride_bytes, Loop loop) {
+  constexpr std::integral_constant<std::int64_t, sizeof(Stored)> kDense;
+  stride_bytes == kDense ? loop(kDense) : loop(stride_bytes);
+}
+
+template <class Stored, auto kNarrow>
+void store_each(std::byte* out, std::int64_t stride_bytes, const float* row, std::int64_t n) {
+  with_stride<Stored>(stride_bytes, [=](auto stride) {
+    for (std::int64_t x = 0; x < n; ++x) {
+      const Stored element = kNarrow(row[x]);
+      std::memcpy(out + x * stride, &element, sizeof element);
+    }
+  });
+}
+
+template <class Stored, auto kWiden>
+void load_each(const std::byte* in, std::int64_t stride_bytes, float* row, std::int64_t n) {
+  with_stride<Stored>(stride_bytes, [=](auto stride) {
+    for (std::int64_t x = 0; x < n; ++x) {
+      Stored element;
+      std::memcpy(&element, in + x * stride, sizeof element);
+      row[x] = kWiden(element);
+    }
+  });
+}
+
+float same(float x) { return x; }
+
+}  // namespace
+
 void store_row(DType dtype, std::byte* out, std::int64_t stride_bytes, const float* row,
                std::int64_t n) {
-  if (dtype == DType::kFloat32 && stride_bytes == 4) {
-    std::memcpy(out, row, static_cast<std::size_t>(n) * 4);
-  } else if (dtype == DType::kBFloat16) {
-    for (std::int64_t x = 0; x < n; ++x) {
-      const std::uint16_t bits = float_to_bf16(row[x]);
-      std::memcpy(out + x * stride_bytes, &bits, 2);
-    }
-  } else {
-    for (std::int64_t x = 0; x < n; ++x)
-      store_element(dtype, out + x * stride_bytes, static_cast<double>(row[x]));
+  switch (dtype) {
+    case DType::kBFloat16:
+      return store_each<std::uint16_t, float_to_bf16>(out, stride_bytes, row, n);
+    case DType::kFloat16:
+      return store_each<std::uint16_t, float_to_f16>(out, stride_bytes, row, n);
+    default:
+      return store_each<float, same>(out, stride_bytes, row, n);
   }
 }
 
 void load_row(DType dtype, const std::byte* in, std::int64_t stride_bytes, float* row,
               std::int64_t n) {
-  if (dtype == DType::kFloat32 && stride_bytes == 4) {
-    std::memcpy(row, in, static_cast<std::size_t>(n) * 4);
-  } else if (dtype == DType::kBFloat16) {
-    for (std::int64_t x = 0; x < n; ++x) {
-      std::uint16_t bits = 0;
-      std::memcpy(&bits, in + x * stride_bytes, 2);
-      row[x] = bf16_to_float(bits);
-    }
-  } else {
-    for (std::int64_t x = 0; x < n; ++x)
-      row[x] = static_cast<float>(load_element(dtype, in + x * stride_bytes));
+  switch (dtype) {
+    case DType::kBFloat16:
+      return load_each<std::uint16_t, bf16_to_float>(in, stride_bytes, row, n);
+    case DType::kFloat16:
+      return load_each<std::uint16_t, f16_to_float>(in, stride_bytes, row, n);
+    default:
+      return load_each<float, same>(in, stride_bytes, row, n);
   }
 }
 
