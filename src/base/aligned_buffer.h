@@ -1,5 +1,5 @@
 // Memory for kernels: 64-byte aligned (a cache line, a zmm vector), on huge pages where large, not
-// initialised.
+// initialised unless asked for.
 #pragma once
 
 #include <cstddef>
@@ -13,6 +13,9 @@ class AlignedBuffer {
   AlignedBuffer() = default;
   // Throws OutOfMemory with the size.
   explicit AlignedBuffer(std::int64_t bytes);
+  // All zero. Large ones are the kernel's own zero pages, written by whoever touches them first:
+  // one thread that clears the gradients of 32 heads at 8K tokens keeps 31 waiting for 80 ms.
+  static AlignedBuffer zeros(std::int64_t bytes);
 
   [[nodiscard]] std::byte* data() const { return data_.get(); }
   [[nodiscard]] std::int64_t size_bytes() const { return bytes_; }
@@ -23,6 +26,9 @@ class AlignedBuffer {
 
  private:
   struct Free {
+    std::size_t mapped;  // bytes; 0: from malloc
+    Free() : Free(0) {}
+    explicit Free(std::size_t bytes) : mapped(bytes) {}
     void operator()(std::byte* p) const;
   };
   std::unique_ptr<std::byte, Free> data_;

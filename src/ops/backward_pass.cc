@@ -16,6 +16,16 @@ std::int64_t lead_of(std::int64_t blocks, int threads) {
   return std::clamp<std::int64_t>(blocks / (std::int64_t{8} * threads), 1, 7);
 }
 
+// Which (set, panel) a unit is: of as many sets as there are threads one panel each, then the next.
+// While there are sets enough, no thread trails another.
+std::pair<std::int64_t, std::int64_t> key_unit_at(std::int64_t unit, std::int64_t sets,
+                                                  std::int64_t panels, int threads) {
+  const std::int64_t first = unit / (threads * panels) * threads;
+  const std::int64_t side_by_side = std::min<std::int64_t>(threads, sets - first);
+  const std::int64_t index = unit - first * panels;
+  return {first + index % side_by_side, index / side_by_side};
+}
+
 constexpr std::int64_t kDone = std::numeric_limits<std::int64_t>::max();
 
 }  // namespace
@@ -147,8 +157,8 @@ void BackwardPass::run_keys(const Work& work, bool want_dq) {
   executor_.run([&](int thread) {
     try {
       for (std::int64_t unit = next++; unit < sets * work.panels; unit = next++) {
-        const std::int64_t set = unit / work.panels;
-        key_unit(work, static_cast<std::size_t>(set), unit % work.panels, want_dq,
+        const auto [set, panel] = key_unit_at(unit, sets, work.panels, executor_.threads());
+        key_unit(work, static_cast<std::size_t>(set), panel, want_dq,
                  thread_memory_[static_cast<std::size_t>(thread)].data(),
                  progress.data() + set * work.panels);
       }

@@ -19,11 +19,9 @@
 namespace annulus {
 namespace {
 
-// Zeroed, so that every sum starts from nothing.
+// Every sum starts from nothing.
 std::shared_ptr<AlignedBuffer> zeros(std::int64_t bytes) {
-  auto buffer = std::make_shared<AlignedBuffer>(bytes);
-  if (bytes > 0) std::memset(buffer->data(), 0, static_cast<std::size_t>(bytes));
-  return buffer;
+  return std::make_shared<AlignedBuffer>(AlignedBuffer::zeros(bytes));
 }
 
 }  // namespace
