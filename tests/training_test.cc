@@ -125,5 +125,39 @@ TEST(Backward, ScoresOfAnySize) {
   }
 }
 
+// Equal keys round alike, and so do the rows of their gradients: an error counts many times.
+TEST(Backward, RepeatedKeys) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const std::string& target : targets_for(dtype)) {
+      for (const std::int64_t keys : {2, 40, 300}) {
+        for (const std::int64_t different : {1, 2}) {
+          for (unsigned seed = 1; seed <= 5; ++seed) {
+            SCOPED_TRACE(::testing::Message() << name(dtype) << " " << target << " keys " << keys
+                                              << " different " << different << " seed " << seed);
+            Training t(dtype,
+                       {.q_len = 70,
+                        .kv_len = keys,
+                        .heads = 2,
+                        .kv_heads = 1,
+                        .head_dim = 24,
+                        .v_head_dim = 40},
+                       seed);
+            for (Tensor* x : {&t.in.k, &t.in.v}) {
+              const Tensor before = *x;
+              x->fill([&](std::int64_t b, std::int64_t j, std::int64_t h, std::int64_t d) {
+                return before.get(b, j % different, h, d);
+              });
+            }
+            RingOptions options;
+            options.attention.isa = target;
+            const auto check = t.run_and_check(options, 1);
+            EXPECT_TRUE(check.passed) << check.verdict;
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace annulus::testing

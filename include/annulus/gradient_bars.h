@@ -53,10 +53,10 @@ struct GradientCheck {
 // to by chance, and rms errors always are: 0.42 * 2^-8 sqrt(sum of squared terms) for bfloat16
 // products; float32's part follows from the sums of |q k|, |dout v| and |dout out|. In units of the
 // same standard deviations every element has a bound of its own (N5, bound_ratio), so that a wrong
-// tile does not hide where gradients are small. That bound takes the roundings of p and ds as
-// independent from pair to pair, or else all alike. Where they are alike (equal scores: up to 2^-9
-// of the value, all in one direction) the rms bar is instead 1.1 times what rounding these very p
-// and ds once, and then the result, comes to.
+// tile does not hide where gradients are small. Equal p round alike, and so do equal ds: beside the
+// independent roundings that bound allows what rounding these very p and ds once comes to, either
+// way where float32's errors decide; and the rms bar is 1.1 times what that and one rounding of the
+// result come to, where that is more.
 //
 // 0 where the formula has no term; NaN and Inf where the oracle has them. `computed` holds the
 // gradients to judge; what has no view is left out. Costs O(tokens * rows * dim) per head for

@@ -29,6 +29,7 @@ class ExactElement {
     noise_ += factor.noise * std::abs(x);
     spread_ += factor.spread * x * (factor.spread * x);
     rounding_ += factor.rounding * x;
+    doubt_ += factor.doubt * std::abs(x);
   }
   [[nodiscard]] double value() const { return sum_.value(); }
   // No term, or only terms that are 0 in every arithmetic.
@@ -51,6 +52,10 @@ class ExactElement {
   // roundings, and this is more than independence lets expect: all p equal, up to 2^-9 of the
   // value.
   [[nodiscard]] double products_rounded() const { return finite_or_zero(rounding_); }
+  // The most that it comes to where float32 decides what p, or ds, is rounded to.
+  [[nodiscard]] double largest_products_rounded() const {
+    return std::abs(products_rounded()) + finite_or_zero(doubt_);
+  }
 
  private:
   Sum sum_;
@@ -58,6 +63,7 @@ class ExactElement {
   double noise_ = 0;
   double spread_ = 0;
   double rounding_ = 0;
+  double doubt_ = 0;
 };
 
 class NaiveElement {
@@ -151,7 +157,8 @@ class Judge {
     largest_.add(std::abs(expected));
     chance_float32_.add(row, exact.chance_float32());
     chance_bf16_.add(row, exact.chance_bf16());
-    products_rounded_.add(exact.products_rounded());
+    const double all_rounded = rounded(judged_dtype(options_), expected + exact.products_rounded());
+    all_rounded_.add(finite_or_zero(std::abs(all_rounded - expected)));
     const double error_float32 = naive_error(naive_float32, expected);
     naive_float32_.add(error_float32);
     naive_.add(naive_error(naive, expected));
@@ -193,12 +200,12 @@ class Judge {
   }
 
   // What hides below the tensor's largest error: one rounding of the result; with bfloat16 products
-  // one that all terms share (equal p round alike) and eight standard deviations of those that they
-  // do not; eight of float32's.
+  // those of these very p and ds (equal ones round alike) and eight standard deviations of
+  // independent ones; eight of float32's.
   [[nodiscard]] double element_bound(const ExactElement& exact) const {
     const double value = std::abs(exact.value());
     const double products =
-        options_.bf16_products ? kBf16Unit * value + 8 * exact.chance_bf16() : 0;
+        options_.bf16_products ? exact.largest_products_rounded() + 8 * exact.chance_bf16() : 0;
     return std::max(unit_roundoff(options_.out_dtype) * value, spacing(options_.out_dtype, 0) / 2) +
            products + 8 * exact.chance_float32();
   }
@@ -216,12 +223,13 @@ class Judge {
     require(result, "N2 largest error against naive same-dtype", error_.max,
             std::max(naive_.max, rounding_.max + chance) + floor);
     const double chance_rms = bf16 ? reach(chance_bf16_) * chance_bf16_.rms() : 0;
-    // The error that these very weights make when rounded once; the tenth is for half-up kernels.
-    const double products_rms = bf16 ? rms(products_rounded_.squares, elements_) : 0;
+    // The error that these very weights make when rounded once, and then their sum; the tenth is
+    // for half-up kernels. Not from the rms of either: where rows repeat, the two are not
+    // independent.
+    const double all_rms = bf16 ? rms(all_rounded_.squares, elements_) : 0;
     require(result, "N2 rms error against rounding", result.rms_err,
             std::max({(bf16 ? 1.7 : 1.05) * result.rounding_rms,
-                      std::hypot(result.rounding_rms, chance_rms),
-                      bf16 ? 1.1 * std::hypot(result.rounding_rms, products_rms) : 0}) +
+                      std::hypot(result.rounding_rms, chance_rms), 1.1 * all_rms}) +
                 floor);
   }
 
@@ -242,7 +250,7 @@ class Judge {
   JudgeOptions options_;
   std::int64_t rows_ = 0;
   std::int64_t elements_ = 0;
-  Errors error_, rounding_, largest_, products_rounded_;
+  Errors error_, rounding_, largest_, all_rounded_;
   Chances chance_float32_, chance_bf16_;
   Errors naive_float32_, naive_;
   double bound_ratio_ = 0;

@@ -47,7 +47,12 @@ std::vector<double> vector_at(const TensorView& t, RowIndex at) {
 
 std::vector<float> floats(std::span<const double> x) { return {x.begin(), x.end()}; }
 
-double bf16_loss(double x) { return rounded(DType::kBFloat16, x) - x; }
+// Rounding and doubt of a coefficient that is `factor` times x, for an x known to `error`.
+void round_once(Coefficient& coefficient, double x, double error, double factor) {
+  const auto round = [](double number) { return rounded(DType::kBFloat16, number); };
+  coefficient.rounding = (round(x) - x) * factor;
+  coefficient.doubt = (round(x + error) - round(x - error)) * std::abs(factor);
+}
 
 double number_at(const TensorView& lse, RowIndex at) {
   return load_element(lse.dtype, lse.at(at.batch, at.query, at.head, 0));
@@ -142,13 +147,17 @@ PairGradient<Coefficient> ExactPairs::pair(const Row& row, std::span<const doubl
 
   PairGradient<Coefficient> pair{.kept = inputs.kept};
   const double weight = p / keep_prob_;
-  pair.weight = {weight, 2 * kUnit * weight + kExpFloor / keep_prob_, score_error * weight,
-                 bf16_loss(p) / keep_prob_};
-  pair.ds = {ds, 2 * kUnit * std::abs(ds) + ds_noise, score_error * ds, bf16_loss(ds)};
+  pair.weight = {weight, 2 * kUnit * weight + kExpFloor / keep_prob_, score_error * weight};
+  pair.ds = {ds, 2 * kUnit * std::abs(ds) + ds_noise, score_error * ds};
   const double cap_noise = cap_ > 0 ? 8 * kUnit * std::abs(ds) : 0;
   const double ddot = scale * slope * ds;
   pair.ddot = {ddot, 2 * kUnit * std::abs(ddot) + std::abs(scale) * (slope * ds_noise + cap_noise),
-               score_error * ddot, scale * bf16_loss(slope * ds)};
+               score_error * ddot};
+  // Four standard deviations.
+  const double ds_error = 4 * (pair.ds.noise + std::abs(pair.ds.spread));
+  round_once(pair.weight, p, 4 * (2 * kUnit + score_error) * p, 1 / keep_prob_);
+  round_once(pair.ds, ds, ds_error, 1);
+  round_once(pair.ddot, slope * ds, slope * ds_error + 4 * cap_noise, scale);
   return pair;
 }
 

@@ -17,17 +17,19 @@ namespace reference {
 // Throws InvalidArgument where the tensors do not fit the oracle's.
 void check_backward(const Oracle& oracle, const BackwardInputs& inputs);
 
-// What a vector is multiplied with on its way into a gradient. The last two say how far a right
+// What a vector is multiplied with on its way into a gradient. The next two say how far a right
 // float32 program may be off:
 //   noise   the standard deviation of the errors that do not shrink with `value`, and of those of
 //           sums, per unit of |x|
 //   spread  that of the errors of p, which are independent from pair to pair, per unit of x
-// and `rounding` is what it loses if p, or ds, is rounded to bfloat16 once.
+// `rounding` is what it loses if p, or ds, is rounded to bfloat16 once, and `doubt` what it loses
+// more or less where float32's errors decide which neighbour that is.
 struct Coefficient {
   double value = 0;
   double noise = 0;
   double spread = 0;
   double rounding = 0;
+  double doubt = 0;
 };
 
 // Scalar is Coefficient or float.
