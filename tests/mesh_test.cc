@@ -50,16 +50,6 @@ std::vector<std::vector<Bytes>> train_alone(int world_size, unsigned seed,
 
 std::vector<MeshAxis> two_by_three() { return {{"dp", 2}, {"sp", 3}}; }
 
-template <class E, class Body>
-std::string message_of(Body body) {
-  try {
-    body();
-  } catch (const E& error) {
-    return error.what();
-  }
-  return "no such error";
-}
-
 TEST(Mesh, RanksAndCoordinates) {
   std::atomic<int> ranks{0};
   run_workers(12, [&](Communicator& comm) {

@@ -166,16 +166,6 @@ TEST(RingShards, EqualWholeTensors) {
   }
 }
 
-template <class E, class Body>
-std::string message_of(Body body) {
-  try {
-    body();
-  } catch (const E& error) {
-    return error.what();
-  }
-  return "no such error";
-}
-
 TEST(RingFaults, RanksThatDisagree) {
   const std::string message = message_of<CommError>([] {
     run_workers(3, [](Communicator& comm) {

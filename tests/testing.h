@@ -128,6 +128,17 @@ inline reference::CheckResult run_and_check(Inputs& in, const RingOptions& optio
                                     bf16_probabilities, rows);
 }
 
+// What the error says that body must throw.
+template <class E, class Body>
+std::string message_of(Body body) {
+  try {
+    body();
+  } catch (const E& error) {
+    return error.what();
+  }
+  return "no such error";
+}
+
 // Names of the targets that run inputs of this dtype here, the AMX kernel on simulated tiles
 // included.
 inline std::vector<std::string> targets_for(DType dtype) {
