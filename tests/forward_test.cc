@@ -263,6 +263,48 @@ TEST_P(EveryTarget, ScoresOfAnySize) {
   }
 }
 
+// Scores that cross what a kernel calls far, where what came before may still count, and that lie
+// further apart than the largest number. q is 0, so that the bias is the score. Without FMA an
+// exponent of 2^16 is rounded to 2^-8.
+TEST_P(EveryTarget, ScoresBeyondEachOther) {
+  constexpr std::int64_t kKeys = 512;
+  const std::vector<std::function<double(std::int64_t)>> shapes{
+      [](std::int64_t j) {
+        return j == 0 ? 45410.0 : j == 256 ? 45437 : j == 400 ? 45439 : 44610;
+      },
+      [](std::int64_t j) { return j < 256    ? 45410.0
+                                  : j == 400 ? 45439
+                                             : 45437; },
+      [](std::int64_t j) { return 45310 + 0.25 * static_cast<double>(j); },
+      [](std::int64_t j) { return 45310 + 20.0 * static_cast<double>(j / 16); },
+      [](std::int64_t j) { return -45310 - 0.25 * static_cast<double>(j); },
+      [](std::int64_t j) { return j == 400 ? 1e38 : -3e38; },
+      [](std::int64_t j) { return j == 100   ? 1e38
+                                  : j == 400 ? 3.0
+                                             : -3e38; },
+      [](std::int64_t j) { return j % 90 == 17 ? 3.4e38 : -3.4e38; }};
+  for (std::size_t n = 0; n < shapes.size(); ++n) {
+    Inputs in(dtype(), {1, 40, kKeys, 1, 1, 16, 16}, 15);
+    in.q.fill([](auto...) { return 0.0; });
+    Tensor bias(DType::kFloat32, {1, 1, 40, kKeys});
+    bias.fill([&](auto, auto, auto, std::int64_t j) { return shapes[n](j); });
+    RingOptions o = ring(options());
+    o.attention.bias = bias;
+    const reference::Row exact = reference::attention_row(in.q, in.k, in.v, o.attention, 0, 0, 0);
+    for (const int workers : {1, 3}) {
+      ring_attention(workers, in.q, in.k, in.v, in.out.mutable_view(), in.lse.mutable_view(), o);
+      for (const std::int64_t i : {0, 17, 39}) {
+        EXPECT_NEAR(in.lse.get(0, i, 0, 0), exact.lse, 1e-6 * std::abs(exact.lse)) << "shape " << n;
+        for (std::int64_t d = 0; d < 16; ++d) {
+          const auto at = static_cast<std::size_t>(d);
+          ASSERT_NEAR(in.out.get(0, i, 0, d), exact.out[at], 0x1p-6 * exact.abs_out[at])
+              << "shape " << n << ", workers " << workers;
+        }
+      }
+    }
+  }
+}
+
 TEST_P(EveryTarget, NotFiniteInputs) {
   const double kNan = std::numeric_limits<double>::quiet_NaN();
   for (const double poison :

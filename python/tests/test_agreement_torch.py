@@ -20,14 +20,6 @@ CELLS = 360
 NAMES = ("dq", "dk", "dv", "daux", "dbias")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def laid_out(x, layout):
     """The same values under other strides."""
     if layout == "bhsd":

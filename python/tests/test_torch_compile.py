@@ -16,12 +16,8 @@ sdpa = annulus.torch.scaled_dot_product_attention
 
 @pytest.fixture(autouse=True)
 def fixed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.manual_seed(3)
     torch._dynamo.reset()
-    yield
-    torch.set_num_threads(threads)
 
 
 def rows(*shape, dtype=torch.float32):

@@ -253,15 +253,18 @@ class BackwardPass {
     if (!at.shows_all()) hide_unseen(at);
     if (__builtin_expect(at.rows.head->shifted != 0, 0)) subtract_base(at);
   }
-  // A p is at most 1, however coarse the lse; a NaN stays.
+  // A p is at most 1, however coarse the lse; and a score is rounded to natural units as the
+  // forward rounded the base that lse is made of, so that a key alone keeps its weight. A NaN
+  // stays.
   [[gnu::noinline]] void subtract_base(const Square& at) const {
-    const __m512 zero = _mm512_setzero_ps();
-    const __m512 to_stored = _mm512_set1_ps(1 / (rule_.scale * static_cast<float>(kLn2)));
+    const float to_natural = rule_.scale * static_cast<float>(kLn2);
+    const __m512 zero = _mm512_setzero_ps(), to_stored = _mm512_set1_ps(1 / to_natural);
     for (int i = 0; i < kSquare; i += kLanes) {
       const __m512 base = _mm512_load_ps(at.rows.head->base + i / 512 * kLanes);
       const __mmask16 moves = _mm512_cmp_ps_mask(base, zero, _CMP_NEQ_OQ);
-      const __m512 x = _mm512_load_ps(s_ + i);
-      const __m512 moved = _mm512_fnmadd_ps(base, to_stored, x);
+      __m512 natural = _mm512_mul_ps(_mm512_load_ps(s_ + i), _mm512_set1_ps(to_natural));
+      asm volatile("" : "+v"(natural));  // no FMA: it would not round
+      const __m512 moved = _mm512_mul_ps(_mm512_sub_ps(natural, base), to_stored);
       _mm512_mask_store_ps(s_ + i, moves, _mm512_min_ps(zero, moved));
     }
   }

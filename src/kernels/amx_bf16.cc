@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "kernels/kernel_table.h"
+#include "kernels/softmax_reference.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -25,7 +25,6 @@ constexpr int kSquare = 1024;  // elements of 32 x 32
 constexpr int kMaxBlock = 8;   // tiles: P of two blocks takes 32 KiB of the 48 KiB L1, no more
 constexpr float kInfinity = __builtin_inff();
 constexpr float kNan = __builtin_nanf("");
-constexpr float kLargest = 0x1.fffffep127F;
 constexpr double kLn2 = 0.693147180559945309;
 constexpr double kLog2e = 1.44269504088896341;
 

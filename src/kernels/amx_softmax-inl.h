@@ -268,22 +268,21 @@ inline __m512 top_score(const float* s, int half, int group) {
   return _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
 }
 
-// Gives a base to the lanes of `up` whose exponent is far from 0: the slot's largest score, so that
-// `highest` becomes 0. All that came before is far below and vanishes, as if it had not been seen.
-// Scores follow from those without a base: scores that differ may not differ any more once another
-// base was subtracted. Returns the lanes.
-inline __mmask16 rebase(Strip::Head& z, int half, __mmask16 up, __m512 highest, const Rule& rule,
-                        const float* raw, float* s, int group) {
+// Gives a base to the lanes of `fresh` whose exponent is far from 0: the slot's largest score,
+// which becomes 0. They have seen nothing that counts beside it: that vanishes, as if it had not
+// been seen. Scores follow from those without a base: scores that differ may not differ any more
+// once another base was subtracted. Returns the lanes.
+inline __mmask16 rebase(Strip::Head& z, int half, __mmask16 fresh, __m512 exponent,
+                        const Rule& rule, const float* raw, float* s, int group) {
   const int at = half * kLanes;
-  const __m512 scale = _mm512_set1_ps(rule.scale), limit = _mm512_set1_ps(kLargest);
-  const __m512 size = _mm512_abs_ps(_mm512_mul_ps(highest, scale));
-  // Not +inf: its p is inf, which stays.
-  const __mmask16 finite = _mm512_mask_cmp_ps_mask(up, highest, limit, _CMP_LE_OQ);
-  const __mmask16 moves =
-      _mm512_mask_cmp_ps_mask(finite, size, _mm512_set1_ps(kFarExponent), _CMP_GT_OQ);
+  const __mmask16 far = _mm512_mask_cmp_ps_mask(fresh, _mm512_abs_ps(exponent),
+                                                _mm512_set1_ps(kFarExponent), _CMP_GT_OQ);
+  if (far == 0) return 0;
+  const __m512 limit = _mm512_set1_ps(kLargest);
+  // Finite, so that nothing becomes inf - inf. The p of a score of +inf is inf, which stays.
+  const __m512 base = _mm512_max_ps(top_score(raw, half, group), _mm512_set1_ps(-kLargest));
+  const __mmask16 moves = _mm512_mask_cmp_ps_mask(far, base, limit, _CMP_LE_OQ);
   if (moves == 0) return 0;
-  __m512 base = _mm512_max_ps(top_score(raw, half, group), _mm512_set1_ps(-kLargest));
-  base = _mm512_min_ps(base, limit);  // finite, so that nothing becomes inf - inf
   for (int g = 0; g < group; ++g) {
     for (int key = 0; key < kTileKeys; ++key) {
       const int i = g * kSquare + half * 512 + key * kLanes;
@@ -317,13 +316,13 @@ inline __mmask16 rebase(Strip::Head& z, int half, __mmask16 up, __m512 highest, 
     unset_left |= (unset & ~up) != 0;
     if (up == 0) continue;
     any = true, grown |= growing != 0;
-    const __mmask16 moved = rebase(z, half, up, highest, rule, raw, s.shifted, sizes.group);
-    top = _mm512_mask_mov_ps(top, moved, _mm512_setzero_ps());
     // Finite even for a score of +inf, whose p is then inf, as the formula has it.
     __m512 to = _mm512_roundscale_ps(top, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
     const __mmask16 near =
-        _mm512_mask_cmp_ps_mask(static_cast<__mmask16>(growing & ~moved), _mm512_sub_ps(to, m),
-                                _mm512_set1_ps(kFar), _CMP_LE_OQ);
+        _mm512_mask_cmp_ps_mask(growing, _mm512_sub_ps(to, m), _mm512_set1_ps(kFar), _CMP_LE_OQ);
+    const auto fresh = static_cast<__mmask16>(up & ~near);
+    const __mmask16 moved = rebase(z, half, fresh, top, rule, raw, s.shifted, sizes.group);
+    to = _mm512_mask_mov_ps(to, moved, _mm512_setzero_ps());
     to = _mm512_mask_add_ps(to, near, to, _mm512_set1_ps(kRoom));
     to = _mm512_mask_mov_ps(m, up, _mm512_min_ps(to, _mm512_set1_ps(0x1p126F)));
     _mm512_store_ps(z.m + at, to);

@@ -300,7 +300,7 @@ inline Result run(const ForwardKernel& kernel, const Problem& p) {
 struct Row {
   std::vector<double> out, weight;  // weight: sum of p |v|
   double lse = 0;
-  double largest = 0;  // |score|, of those that count; of far ones the distance to the first
+  double largest = 0;  // |score|, of those that count; of far ones the distance to the largest
 };
 
 // One row in double precision, straight from the formula.

@@ -222,13 +222,18 @@ class BackwardBlock {
     StoreTile(acc, s_);
     if (HWY_UNLIKELY(*q.shifted != 0)) Shift(q);
   }
-  // A p is at most 1, however coarse the lse.
+  // A p is at most 1, however coarse the lse; and a score is rounded to natural units as the
+  // forward rounded the base that lse is made of, so that a key alone keeps its weight.
   HWY_NOINLINE void Shift(const PackedStrip<A>& q) {
-    const V to_stored = hn::Set(kF, 1 / (scale_ * static_cast<float>(kLn2))), zero = hn::Zero(kF);
+    const V to_natural = hn::Set(kF, scale_ * static_cast<float>(kLn2)), zero = hn::Zero(kF);
+    const V to_stored = hn::Set(kF, 1 / (scale_ * static_cast<float>(kLn2)));
     for (int c = 0; c < kVecs; ++c) {
-      const V base = At(q.base, c), stored = hn::Mul(base, to_stored);
+      const V base = At(q.base, c);
       for (int r = 0; r < kKeys; ++r) {
-        const V x = At(s_ + r * kWidth, c), moved = hn::Min(hn::Sub(x, stored), zero);
+        const V x = At(s_ + r * kWidth, c);
+        V natural = hn::Mul(x, to_natural);
+        Pin(natural);  // no FMA: it would not round
+        const V moved = hn::Min(hn::Mul(hn::Sub(natural, base), to_stored), zero);
         Put(s_ + r * kWidth, c, hn::IfThenElse(hn::Eq(base, zero), x, moved));
       }
     }
@@ -439,10 +444,11 @@ class BackwardBlock {
 // the entries of the table
 
 // A panel's K, V (packed three times) and its dK, dV stay in the L2 while the queries pass: bf16, d
-// = 128: 192 + 256 KB, beside two blocks of 300 KB. Against 128 keys, 256 save trips of dQ (90
-// against 88 % of peak at d = 64, 91 against 90 at 128, 93 against 87 at 256); blocks of 128 rows
-// save trips of dK and dV against 64 (16K tokens: 86.7 against 84.4 % at d = 64, 88.5 against 87.6
-// at 128). 384 keys gain one point more and halve what short sequences can share out to threads.
+// = 128: 192 + 256 KB, beside two blocks of 300 KB, just above the 1 MB at hand. Against 128 keys,
+// 256 save trips of dQ (90 against 88 % of peak at d = 64, 91 against 90 at 128, 93 against 87 at
+// 256); blocks of 128 rows save trips of dK and dV against 64 (16K tokens: 86.7 against 84.4 % at d
+// = 64, 88.5 against 87.6 at 128). 384 keys gain one point more and halve what short sequences can
+// share out to threads.
 template <class A>
 BackwardBlocking BackwardBlockingOf(Dims /*dims*/) {
   return {256, 128 / kWidth * kWidth};

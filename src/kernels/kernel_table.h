@@ -43,18 +43,6 @@ struct ScoreRule {
 
 enum : std::uint8_t { kTileEmpty = 0, kTileFull = 1, kTilePartial = 2 };
 
-// The reference that takes the place of a row's running maximum, in log2 units.
-//
-// It is raised when a p exceeds 2^kGuard, and leaves kRoom for growth: p of the largest score is
-// then 2^-kRoom. Both are far inside float32 and bf16. A raise multiplies what is there by
-// 2^(m - new m), which is nothing below 2^-126: beyond kFar it leaves no room, so that what is
-// lost, 2^kGuard at most, lies below 2^-86 of the new largest. A second raise in the same block
-// starts 80 above the first reference or more: weights are lost below 2^-80 of the largest.
-constexpr float kGuard = 40, kRoom = 40, kFar = 126 - kRoom;
-// Exponents beyond this get a base: what float32 keeps of them is coarser than the exponents'
-// differences. Scores of that size are differences themselves once the base is subtracted.
-constexpr float kFarExponent = 0x1p20F;
-
 // One strip against one panel.
 struct StripWork {
   void* strip;                     // state, strip_bytes() of 64-byte aligned memory

@@ -7,6 +7,7 @@
 
 #include "hwy/highway.h"
 #include "kernels/kernel_table.h"
+#include "kernels/softmax_reference.h"
 #include "kernels/tile-inl.h"
 
 ANNULUS_PUSH_TARGET
@@ -256,32 +257,34 @@ class StripPass {
     }
   }
 
-  // Gives a base to the lanes whose guard is topped by an exponent that is far from 0: the tile's
-  // largest score. All that came before is far below and vanishes, as if it had not been seen. The
-  // tile's scores follow, from those without a base: scores that differ may not differ any more
-  // once another base was subtracted.
+  // Gives a base to the lanes whose guard is topped by an exponent that is far from 0, unless what
+  // came before still counts beside it: the tile's largest score. What came before vanishes then,
+  // as if it had not been seen. The tile's scores follow, from those without a base: scores that
+  // differ may not differ any more once another base was subtracted.
   HWY_NOINLINE void Rebase(float* top, float* s) {
     const V far = hn::Set(kF, kFarExponent), scale = hn::Set(kF, scale_);
-    const V limit = hn::Set(kF, 0x1.fffffep127F),
+    const V limit = hn::Set(kF, kLargest),
             to_natural = hn::Set(kF, scale_ * static_cast<float>(kLn2));
     const float* raw = shifted_ ? scratch_.raw : s;
     for (int c = 0; c < kVecs; ++c) {
-      const V highest = At(top, c);
-      const auto up = hn::Gt(highest, At(z_.guard, c));
-      // Not +inf: its p is inf, which stays.
-      const auto moves = hn::And(hn::And(up, hn::Le(highest, limit)),
-                                 hn::Gt(hn::Abs(hn::Mul(highest, scale)), far));
+      const V guard = At(z_.guard, c), exponent = hn::Mul(At(top, c), scale);
+      const auto fresh =
+          hn::Or(hn::Eq(guard, hn::Set(kF, -INFINITY)),
+                 hn::Gt(hn::Sub(hn::Ceil(exponent), At(z_.m, c)), hn::Set(kF, kFar)));
+      auto moves = hn::And(fresh, hn::Gt(At(top, c), guard));
+      moves = hn::And(moves, hn::Gt(hn::Abs(exponent), far));
       if (hn::AllFalse(kF, moves)) continue;
       V base = hn::Neg(limit);  // finite, so that nothing becomes inf - inf
       for (int r = 0; r < kKeys; ++r) base = hn::Max(At(raw + r * kWidth, c), base);
-      base = hn::IfThenElse(moves, hn::Min(base, limit), At(z_.base, c));
+      moves = hn::And(moves, hn::Le(base, limit));  // p of +inf is inf, which stays
+      base = hn::IfThenElse(moves, base, At(z_.base, c));
       for (int r = 0; r < kKeys; ++r) {
         const V x = At(raw + r * kWidth, c);
         Put(s + r * kWidth, c, hn::IfThenElse(moves, hn::Sub(x, base), At(s + r * kWidth, c)));
       }
       Put(z_.base, c, base), Put(z_.base_natural, c, hn::Mul(base, to_natural));
-      Put(z_.guard, c, hn::IfThenElse(moves, hn::Set(kF, -INFINITY), At(z_.guard, c)));
-      Put(top, c, hn::IfThenZeroElse(moves, highest));
+      Put(z_.guard, c, hn::IfThenElse(moves, hn::Set(kF, -INFINITY), guard));
+      Put(top, c, hn::IfThenZeroElse(moves, At(top, c)));
       shifted_ = true;
     }
   }

@@ -22,6 +22,7 @@
 
 #include "hwy/highway.h"
 #include "kernels/kernel_table.h"
+#include "kernels/softmax_reference.h"
 #include "kernels/vector-inl.h"
 
 ANNULUS_PUSH_TARGET

@@ -17,7 +17,7 @@ std::int64_t lead_of(std::int64_t blocks, int threads) {
 }
 
 // Which (set, panel) a unit is: of as many sets as there are threads one panel each, then the next.
-// While there are sets enough, no thread trails another.
+// While there are sets enough, threads rarely trail each other.
 std::pair<std::int64_t, std::int64_t> key_unit_at(std::int64_t unit, std::int64_t sets,
                                                   std::int64_t panels, int threads) {
   const std::int64_t first = unit / (threads * panels) * threads;

@@ -1,6 +1,7 @@
 #include "ops/row.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cstring>
 #include <type_traits>
 
@@ -50,6 +51,7 @@ void store_row(DType dtype, std::byte* out, std::int64_t stride_bytes, const flo
     case DType::kFloat16:
       return store_each<std::uint16_t, float_to_f16>(out, stride_bytes, row, n);
     default:
+      assert(dtype == DType::kFloat32);
       return store_each<float, same>(out, stride_bytes, row, n);
   }
 }
@@ -62,6 +64,7 @@ void load_row(DType dtype, const std::byte* in, std::int64_t stride_bytes, float
     case DType::kFloat16:
       return load_each<std::uint16_t, f16_to_float>(in, stride_bytes, row, n);
     default:
+      assert(dtype == DType::kFloat32);
       return load_each<float, same>(in, stride_bytes, row, n);
   }
 }
