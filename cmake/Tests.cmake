@@ -48,6 +48,7 @@ function(annulus_add_script_test test)
 endfunction()
 
 annulus_add_script_test(layers_test ${PROJECT_SOURCE_DIR})
+annulus_add_script_test(mutants_test ${PROJECT_SOURCE_DIR})
 if(ANNULUS_BUILD_TOOLS)
   annulus_add_script_test(cli_test $<TARGET_FILE:annulus_cli>)
   annulus_add_script_test(docs_test ${PROJECT_SOURCE_DIR} $<TARGET_FILE:annulus_cli>)
