@@ -23,6 +23,7 @@ from jax import lax
 
 from . import _core, _errors
 from ._errors import InvalidArgument
+from ._frameworks import OPTION_ARRAYS
 from ._operations import count_of_workers, make_options
 from ._params import FwdParams, block_sizes
 
@@ -36,6 +37,7 @@ if jax.__version_info__ < (0, 9):
 _TARGET = "annulus_attention"
 jax.ffi.register_ffi_target(_TARGET, _core.ffi_handlers(), platform="cpu")
 
+_ARRAYS = ("query", "key", "value", *OPTION_ARRAYS)
 _DIFFERENTIABLE = ("query", "key", "value", "bias", "softmax_aux")
 # Options that are part of the program. What they are is known when it is traced.
 _STATIC = (
@@ -243,12 +245,15 @@ def _error(error):
     return result
 
 
-def _call(operation, arrays, static, dropout_seed, axis_name, workers, timeout_s, return_lse):
-    arrays = {name: _array(operation, name, array) for name, array in arrays.items() if array is not None}
+def _call(operation, given):
+    """`given`: the arguments by name. Those of a ring may be missing."""
+    given = {"axis_name": None, "workers": None, "timeout_s": None, "partition": "contiguous", **given}
+    axis_name, workers, timeout_s = given["axis_name"], given["workers"], given["timeout_s"]
+    arrays = {name: _array(operation, name, given[name]) for name in _ARRAYS if given[name] is not None}
     if "softmax_aux" in arrays and str(arrays["softmax_aux"].dtype) in ("bfloat16", "float16"):
         arrays["softmax_aux"] = arrays["softmax_aux"].astype("float32")
     static = [
-        value if type(value) in _PLAIN else _static(operation, name, value) for name, value in zip(_STATIC, static)
+        value if type(value := given[name]) in _PLAIN else _static(operation, name, value) for name in _STATIC
     ]
     described = tuple((name, array.dtype, array.shape) for name, array in arrays.items())
     arrays = {name: _for_jax(operation, name, array) for name, array in arrays.items()}
@@ -259,13 +264,14 @@ def _call(operation, arrays, static, dropout_seed, axis_name, workers, timeout_s
         world_size, placed = _ring(operation, axis_name, arrays)
         ring = (axis_name, world_size, float("inf") if timeout_s is None else float(timeout_s))
     try:
-        program = _program(operation, described, ring, count_of_workers(operation, workers), return_lse, *static)
+        workers = count_of_workers(operation, workers)
+        program = _program(operation, described, ring, workers, given["return_lse"], *static)
     except TypeError as error:
         if "unhashable" not in str(error):
             raise
         raise InvalidArgument(f"{operation}: an option cannot be part of a program: {error}") from None
     arrays.update(placed)
-    seed = _seed(operation, dropout_seed)
+    seed = _seed(operation, given["dropout_seed"])
     if program.dropped:
         arrays["dropout_seed"] = seed
     if any(isinstance(array, jax.core.Tracer) for array in arrays.values()):
@@ -305,19 +311,7 @@ def ring_attention(
     Raises InvalidArgument for what can be known when the call is traced. Later errors come as JAX's with the same text,
     unless the call itself waits for its result.
     """
-    return _call(
-        "ring_attention",
-        {
-            "query": query, "key": key, "value": value, "bias": bias, "softmax_aux": softmax_aux,
-            "q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids, "attention_mask": attention_mask,
-            "kv_lengths": kv_lengths,
-        },
-        (
-            mask_builder, sliding_window, chunk_size, causal, logits_soft_cap, softmax_scale, fwd_params, bwd_params,
-            fused_backward, dropout_prob, padding_segment_id, causal_alignment, partition,
-        ),
-        dropout_seed, axis_name, workers, timeout_s, return_lse,
-    )  # fmt: skip
+    return _call("ring_attention", locals())
 
 
 def attention(
@@ -328,16 +322,4 @@ def attention(
 ):  # fmt: skip
     """``annulus.attention`` as a JAX operation: exact attention in one pass. Arguments and results as there; what is
     traced and what is part of the program, and errors, as in ``annulus.jax.ring_attention``."""
-    return _call(
-        "attention",
-        {
-            "query": query, "key": key, "value": value, "bias": bias, "softmax_aux": softmax_aux,
-            "q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids, "attention_mask": attention_mask,
-            "kv_lengths": kv_lengths,
-        },
-        (
-            mask_builder, sliding_window, chunk_size, causal, logits_soft_cap, softmax_scale, fwd_params, bwd_params,
-            fused_backward, dropout_prob, padding_segment_id, causal_alignment, "contiguous",
-        ),
-        dropout_seed, None, None, None, return_lse,
-    )  # fmt: skip
+    return _call("attention", locals())
